@@ -1,0 +1,1 @@
+"""Initialization, signal propagation and normalization-free training for any Flax model."""
