@@ -1,0 +1,61 @@
+"""A model and its arguments -> a pure function with abstract parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from fixup_init.frameworks import function
+from fixup_init.frameworks.application import Application, ModelError, is_array
+from fixup_init.frameworks.function import Function
+from fixup_init.jaxprs import UnknownPrimitiveError
+
+__all__ = ["Application", "Function", "ModelError", "adapt", "describe"]
+
+
+def adapt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Application:
+    """The pure function of a Linen module, an NNX module or a `Function`.
+
+    Raises:
+      TypeError: the model is none of these.
+      ModelError: it cannot be initialized, even abstractly, on these inputs.
+    """
+    if isinstance(model, Function):
+        return function.adapt(model, args, kwargs)
+    import flax.linen
+    from flax import nnx
+
+    if isinstance(model, flax.linen.Module):
+        from fixup_init.frameworks import linen as framework
+    elif isinstance(model, nnx.Module):
+        from fixup_init.frameworks import nnx as framework
+    else:
+        hint = " Make an instance: Model(...)." if isinstance(model, type) else ""
+        raise TypeError(
+            f"model is {model!r} of type {type(model).__name__}; expected a Flax Linen module, a Flax NNX module or "
+            f"fixup_init.Function(apply, params).{hint}"
+        )
+    try:
+        return framework.adapt(model, args, kwargs)
+    except UnknownPrimitiveError:
+        raise
+    except Exception as error:
+        raise ModelError(_failed(type(model).__name__, "initialized", args, kwargs, error)) from error
+
+
+def describe(tree: Any) -> str:
+    """`float32[8,32,32,3]` for arrays, `repr` for the rest."""
+
+    def one(x: Any) -> str:
+        return f"{x.dtype}[{','.join(map(str, x.shape))}]" if is_array(x) else repr(x)
+
+    return ", ".join(one(x) for x in jax.tree.leaves(tree)) or "no arrays"
+
+
+def _failed(name: str, what: str, args: Any, kwargs: Any, error: Exception) -> str:
+    return (
+        f"{name} could not be {what} on inputs ({describe((args, kwargs))}): {type(error).__name__}: {error}\n"
+        "Give the arguments that the model itself takes after the key (their shapes with the batch axis, dtypes, and "
+        "flags such as train=True)."
+    )

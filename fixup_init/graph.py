@@ -1,0 +1,287 @@
+"""Program -> Graph: which values are activations, which are parameters, and where the weight layers are.
+
+A value is an *activation* if it depends on a model input; otherwise it is made of parameters, state (running
+statistics), noise (random keys) and constants alone. Nodes are the model inputs and the operations on activations, in
+trace order. A *weight layer* is a contraction of an activation with a value made of parameters: its identity is the
+parameter's path, and its fan axes come from the equation that contracts it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from fixup_init import jaxprs
+from fixup_init.jaxprs import Op, Program, p
+
+__all__ = ["Graph", "Layer", "Leaf", "Split", "build", "latest_common_ancestor"]
+
+PARAM, STATE, INPUT, NOISE = 1, 2, 4, 8
+_KINDS = {"param": PARAM, "state": STATE, "input": INPUT, "noise": NOISE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array that the traced function takes."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    kind: Literal["param", "state", "input", "noise"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A weight layer: `fan_in` and `fan_out` count the kernel entries that meet one output and one input unit."""
+
+    path: str
+    kind: Literal["dense", "conv", "embedding"]
+    fan_in: int
+    fan_out: int
+    repeats: int
+    node: int
+    leaves: tuple[int, ...]  # parameter leaves that its kernel is made of, the largest first
+    channel: int  # axis of the output that holds its features
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """See the module docstring. Node k < len(inputs) is an input; node len(inputs) + i is `program.ops[i]`."""
+
+    program: Program
+    leaves: dict[int, Leaf]  # by value
+    kind: list[int]
+    node_of: dict[int, int]  # activation value -> node
+    parents: dict[int, tuple[int, ...]]  # node -> its activation parents
+    users: dict[int, list[int]]  # node -> nodes that use it
+    origins: dict[int, tuple[int, ...]]  # value made of parameters and state -> its leaves
+    maker: dict[int, int]  # value -> index of the op that makes it
+    inputs: tuple[int, ...]
+    layers: dict[int, Layer]  # by node
+    outputs: tuple[int, ...]  # nodes
+
+    def op(self, node: int) -> Op | None:
+        k = node - len(self.inputs)
+        return self.program.ops[k] if k >= 0 else None
+
+    def value(self, node: int) -> int:
+        """The (first) value that a node makes."""
+        op = self.op(node)
+        return self.inputs[node] if op is None else op.outputs[0]
+
+    def is_activation(self, value: int) -> bool:
+        return bool(self.kind[value] & INPUT)
+
+    def is_parameter(self, value: int) -> bool:
+        """Whether a value is made of parameters or running statistics alone."""
+        return bool(self.kind[value] & (PARAM | STATE)) and not self.kind[value] & INPUT
+
+    def shape(self, node: int) -> tuple[int, ...]:
+        return self.program.shape(self.value(node))
+
+    def scope(self, node: int) -> str:
+        op = self.op(node)
+        return "" if op is None else op.scope
+
+    def literal(self, value: int) -> float | None:
+        """The number that a constant value holds everywhere, if it is one."""
+        while value not in self.program.constants:
+            k = self.maker.get(value)
+            op = self.program.ops[k] if k is not None else None
+            if op is None or op.primitive not in _COPIES:
+                return None
+            value = op.inputs[0]
+        constant = self.program.constants[value]
+        if np.ndim(constant) == 0:
+            try:
+                return float(constant)
+            except (TypeError, ValueError):  # a key, or a complex number
+                return None
+        return None
+
+    def behind(self, values: Iterable[int]) -> list[int]:
+        """Indices of the ops that values not depending on inputs are made with, in order."""
+        found: set[int] = set()
+        todo = [v for v in values if not self.is_activation(v)]
+        while todo:
+            k = self.maker.get(todo.pop())
+            if k is not None and k not in found:
+                found.add(k)
+                todo.extend(self.program.ops[k].inputs)
+        return sorted(found)
+
+
+def build(program: Program, leaves: Sequence[Leaf]) -> Graph:
+    """The graph of a program whose inputs are described by `leaves`, in order."""
+    kind = [0] * len(program.avals)
+    by_value = dict(zip(program.inputs, leaves, strict=True))
+    inputs = tuple(v for v, leaf in by_value.items() if leaf.kind == "input")
+    node_of = {v: k for k, v in enumerate(inputs)}
+    parents: dict[int, tuple[int, ...]] = {k: () for k in range(len(inputs))}
+    users: dict[int, list[int]] = {k: [] for k in range(len(inputs))}
+    origins: dict[int, tuple[int, ...]] = {}
+    maker: dict[int, int] = {}
+    layers: dict[int, Layer] = {}
+    for v, leaf in by_value.items():
+        kind[v] = _KINDS[leaf.kind]
+        if leaf.kind in ("param", "state"):
+            origins[v] = (v,)
+    in_active_loop = _loops_with_activations(program, kind)
+    for k, op in enumerate(program.ops):
+        bits = 0
+        for v in op.inputs:
+            bits |= kind[v]
+        if op.primitive is jaxprs.CARRY_IN and op.loop in in_active_loop and _inexact(program.dtype(op.outputs[0])):
+            bits |= INPUT
+        for v in op.outputs:
+            kind[v] = bits
+            maker[v] = k
+        if bits & INPUT:
+            node = len(inputs) + k
+            above = tuple(dict.fromkeys(node_of[v] for v in op.inputs if kind[v] & INPUT))
+            parents[node] = above
+            users[node] = []
+            for a in above:
+                users[a].append(node)
+            for v in op.outputs:
+                node_of[v] = node
+            layer = _weight_layer(program, op, node, kind, origins, by_value)
+            if layer is not None:
+                layers[node] = layer
+        elif bits & (PARAM | STATE):
+            found = tuple(dict.fromkeys(o for v in op.inputs for o in origins.get(v, ())))
+            for v in op.outputs:
+                origins[v] = found
+    outputs = tuple(node_of[v] for v in program.outputs if v in node_of)
+    return Graph(program, by_value, kind, node_of, parents, users, origins, maker, inputs, layers, outputs)
+
+
+def _loops_with_activations(program: Program, kind: list[int]) -> set[Any]:
+    """Loops that any activation enters: a carry that starts as a constant is an activation there."""
+    bits = list(kind)
+    active: set[Any] = set()
+    for op in program.ops:
+        b = 0
+        for v in op.inputs:
+            b |= bits[v]
+        if op.loop in active:
+            b |= INPUT if op.primitive is jaxprs.CARRY_IN else 0
+        for v in op.outputs:
+            bits[v] = b
+        loop = op.loop
+        while b & INPUT and loop is not None:
+            active.add(loop)
+            loop = loop.parent
+    return active
+
+
+def _weight_layer(
+    program: Program, op: Op, node: int, kind: list[int], origins: dict[int, tuple[int, ...]], leaves: dict[int, Leaf]
+) -> Layer | None:
+    def weight(value: int) -> bool:
+        return bool(kind[value] & PARAM) and not kind[value] & INPUT
+
+    if op.primitive is p.dot_general_p:
+        contract, batch = op.params["dimension_numbers"]
+        sides = [s for s in (0, 1) if weight(op.inputs[s])]
+        if not sides:
+            return None
+        kernel = op.inputs[sides[0]]
+        shape, contracted = program.shape(kernel), contract[sides[0]]
+        fan_in = math.prod(shape[a] for a in contracted)
+        fan_out = math.prod(n for a, n in enumerate(shape) if a not in contracted and a not in batch[sides[0]])
+        rank = len(program.shape(op.outputs[0]))
+        free = len(shape) - len(contracted) - len(batch[sides[0]])
+        channel = rank - 1 if sides[0] == 1 or not free else len(batch[0]) + free - 1
+        kind_: Any = "dense"
+    elif op.primitive is p.conv_general_dilated_p:
+        kernel = op.inputs[1]
+        if not weight(kernel):
+            return None
+        out_axis, in_axis, *space = op.params["dimension_numbers"].rhs_spec
+        shape = program.shape(kernel)
+        field = math.prod(shape[a] for a in space)
+        groups = op.params["feature_group_count"] * op.params["batch_group_count"]
+        fan_in, fan_out = shape[in_axis] * field, shape[out_axis] // groups * field
+        channel = op.params["dimension_numbers"].out_spec[1]
+        kind_ = "conv"
+    elif op.primitive is p.gather_p and weight(op.inputs[0]):
+        kernel = op.inputs[0]
+        shape = program.shape(kernel)
+        fan_in, fan_out = 1, math.prod(shape[1:])  # one row is read: a product with a one-hot vector
+        channel = len(program.shape(op.outputs[0])) - 1
+        kind_ = "embedding"
+    else:
+        return None
+    made_of = sorted(
+        (o for o in origins[kernel] if leaves[o].kind == "param"), key=lambda o: -math.prod(leaves[o].shape)
+    )
+    repeats = op.loop.repeats if op.loop is not None else 1
+    return Layer(leaves[made_of[0]].path, kind_, fan_in, fan_out, repeats, node, tuple(made_of), channel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The latest common ancestor of some terms, and what lies between."""
+
+    node: int
+    colors: dict[int, int]  # node after the split -> bit mask of the terms that it leads to
+
+
+def latest_common_ancestor(graph: Graph, terms: Sequence[int]) -> Split | None:
+    """Walks back from all terms at once, latest node first, until one node leads to every term.
+
+    A node counts as its own ancestor. The walk touches only nodes between the split and the terms.
+
+    Returns:
+      The split, or None where no node leads to every term.
+    """
+    everyone = (1 << len(terms)) - 1
+    colors: dict[int, int] = {}
+    heap: list[int] = []
+    open_paths = [0] * len(terms)
+
+    def reach(node: int, mask: int) -> None:
+        before = colors.get(node)
+        if before is None:
+            heapq.heappush(heap, -node)
+            before = 0
+        colors[node] = before | mask
+        for t in range(len(terms)):
+            if (mask & ~before) >> t & 1:
+                open_paths[t] += 1
+
+    for t, node in enumerate(terms):
+        reach(node, 1 << t)
+    passed: dict[int, int] = {}
+    while heap:
+        node = -heapq.heappop(heap)
+        mask = colors[node]
+        if mask == everyone:
+            return Split(node, passed)
+        passed[node] = mask
+        for above in graph.parents[node]:
+            reach(above, mask)
+        for t in range(len(terms)):
+            if mask >> t & 1:
+                open_paths[t] -= 1
+                if not open_paths[t]:
+                    return None  # every path back from this term has ended
+    return None
+
+
+_COPIES = frozenset({
+    p.broadcast_in_dim_p, p.reshape_p, p.convert_element_type_p, p.squeeze_p, p.transpose_p, p.copy_p,
+    jaxprs.SLICE_IN, jaxprs.IDENTITY,
+})  # fmt: skip
+
+
+def _inexact(dtype: Any) -> bool:
+    import jax.numpy as jnp
+
+    return bool(jnp.issubdtype(dtype, jnp.inexact))

@@ -1,0 +1,391 @@
+"""Traces a function once and flattens its jaxpr to a `Program`: plain data that every domain evaluates.
+
+A `Program` holds the same trace at two levels, over one numbering of values:
+
+- `ops`, fine: jit, remat and custom derivatives are inlined, a scan body appears once between markers, every arm of
+  a conditional appears before a `CHOOSE` marker. The graph, order and moment domains read these.
+- `steps`, coarse: what can be bound with arrays. A custom derivative stays one call, because its rule is not the
+  derivative of its body (relu at 0), and a scan holds the steps of its body.
+
+The result of an inlined call has the number of the value it returns, so a value found in `ops` can be tapped in
+`steps`. This is the only module that touches `jax.extend`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Literal, Primitive
+from jax.extend.core import primitives as p
+
+__all__ = ["Body", "Loop", "Marker", "Op", "Program", "UnknownPrimitiveError", "bind", "trace"]
+
+
+class UnknownPrimitiveError(NotImplementedError):
+    """A primitive holds a jaxpr and no rule says how to enter it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Marker:
+    """A pseudo-primitive of the fine trace: where values enter and leave a scan body or the arms of a conditional."""
+
+    name: str
+
+
+SPLIT, BARRIER = jax.lax.split_p, jax.lax.optimization_barrier_p
+
+CARRY_IN = Marker("carry_in")  # initial carry -> carry seen by the body
+CARRY_OUT = Marker("carry_out")  # carry returned by the body -> final carry
+SLICE_IN = Marker("slice_in")  # stacked array -> the slice seen by the body
+STACK_OUT = Marker("stack_out")  # value returned by the body -> stacked array
+CHOOSE = Marker("choose")  # one result of every arm of a conditional -> the conditional's result
+IDENTITY = Marker("identity")  # a custom derivative that returns its argument
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop:
+    """A scan that ops belong to: its `length`, the markers of its carries, and the scan around it."""
+
+    length: int
+    parent: Loop | None
+    carries: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # (value of CARRY_IN, value carried out)
+
+    @property
+    def repeats(self) -> int:
+        return self.length * (self.parent.repeats if self.parent else 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Body:
+    """The steps of a scan body: `consts`, `carry` and `xs` are its inputs, `carry_out` and `ys` its results."""
+
+    steps: list[Op]
+    consts: tuple[int, ...]
+    carry: tuple[int, ...]
+    xs: tuple[int, ...]
+    carry_out: tuple[int, ...]
+    ys: tuple[int, ...]
+    constants: tuple[int, ...]  # constants of the closed body, found in Program.constants
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Op:
+    """One operation: values in, values out."""
+
+    primitive: Primitive | Marker
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    params: dict[str, Any]
+    source: Any = None  # source_info of the equation
+    outer: str = ""  # scope of the calls around it
+    label: str = ""  # name of the innermost call inlined around it: "relu", "silu"
+    loop: Loop | None = None
+    body: Body | None = None
+
+    @property
+    def name(self) -> str:
+        return self.primitive.name
+
+    @property
+    def scope(self) -> str:
+        """Name stack, '' where the framework gives none; for display only."""
+        inner = str(self.source.name_stack) if self.source is not None else ""
+        return "/".join(s for s in (self.outer, inner) if s)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A flattened trace; see the module docstring."""
+
+    avals: list[Any]
+    constants: dict[int, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    ops: list[Op]
+    steps: list[Op]
+
+    def shape(self, value: int) -> tuple[int, ...]:
+        return tuple(self.avals[value].shape)
+
+    def dtype(self, value: int) -> Any:
+        return self.avals[value].dtype
+
+    def returning(self, outputs: Sequence[int]) -> Program:
+        """The same program with other results; what they do not need is dropped."""
+        outputs = tuple(outputs)
+        return dataclasses.replace(
+            self, outputs=outputs, ops=_alive(self.ops, outputs), steps=_alive_steps(self.steps, outputs)
+        )
+
+    def rewired(self, instead: dict[int, int]) -> Program:
+        """The program in which every use of value `a` is a use of `instead[a]`; what this leaves unused is dropped."""
+        rewired = dataclasses.replace(self, ops=_rewire(self.ops, instead), steps=_rewire(self.steps, instead))
+        return rewired.returning([instead.get(o, o) for o in self.outputs])
+
+
+def trace(function: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
+    """Traces `function` on abstract arguments; nothing is allocated and nothing runs.
+
+    Args:
+      function: a pure function of pytrees of arrays.
+      *args: pytrees of arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The flattened program, without dead code, and the result's tree of `jax.ShapeDtypeStruct`. The program's inputs
+      follow `jax.tree_util.tree_leaves(args)`.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    return flatten(closed), shape
+
+
+def flatten(closed: Any) -> Program:
+    """The program of a closed jaxpr."""
+    flat = _Flattener()
+    jaxpr = closed.jaxpr
+    inputs = [flat.new(v.aval) for v in jaxpr.invars]
+    steps: list[Op] = []
+    outputs = flat.run(jaxpr, closed.consts, inputs, steps, "", "", None)
+    program = Program(flat.avals, flat.constants, tuple(inputs), tuple(outputs), flat.ops, steps)
+    return program.returning(outputs)
+
+
+# Calls that are their body: inlined at both levels.
+_PLAIN_CALLS = (p.jit_p, p.remat_p, p.closed_call_p, p.call_p)
+# Calls with a derivative of their own: inlined in `ops`, bound in `steps`.
+_CUSTOM_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
+# Primitives whose jaxpr is the scalar function that they combine with, and regions that are named, not entered.
+_COMBINERS = (
+    p.reduce_p, p.reduce_window_p, p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_min_p, p.scatter_max_p,
+    p.select_and_scatter_p,
+)  # fmt: skip
+_OPAQUE = (p.while_p, p.linear_solve_p)
+
+
+class _Flattener:
+    def __init__(self) -> None:
+        self.avals: list[Any] = []
+        self.constants: dict[int, Any] = {}
+        self.ops: list[Op] = []
+
+    def new(self, aval: Any) -> int:
+        self.avals.append(aval)
+        return len(self.avals) - 1
+
+    def constant(self, aval: Any, value: Any) -> int:
+        i = self.new(aval)
+        self.constants[i] = value
+        return i
+
+    def mark(self, marker: Marker, inputs: Iterable[int], aval: Any, source: Any, outer: str, loop: Loop | None) -> int:
+        out = self.new(aval)
+        self.ops.append(Op(marker, tuple(inputs), (out,), {}, source, outer, "", loop))
+        return out
+
+    def run(
+        self, jaxpr: Any, consts: Iterable[Any], args: Sequence[int], steps: list[Op], outer: str, label: str,
+        loop: Loop | None,
+    ) -> list[int]:  # fmt: skip
+        """Appends the equations of `jaxpr` to `self.ops` and `steps`; returns the numbers of its results."""
+        env: dict[Any, int] = dict(zip(jaxpr.invars, args, strict=True))
+        for var, value in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = self.constant(var.aval, value)
+
+        def read(atom: Any) -> int:
+            return self.constant(atom.aval, atom.val) if isinstance(atom, Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            primitive, params = eqn.primitive, eqn.params
+            inputs = [read(a) for a in eqn.invars]
+            if primitive in _PLAIN_CALLS:
+                outputs = self._enter(eqn, inputs, steps, outer, label, loop)
+            elif primitive in _CUSTOM_CALLS:
+                outputs = self._enter(eqn, inputs, None, outer, label, loop)
+                for k, (out, var) in enumerate(zip(outputs, eqn.outvars, strict=True)):
+                    if out in inputs or out in outputs[:k] or out in self.constants:
+                        outputs[k] = self.mark(IDENTITY, (out,), var.aval, eqn.source_info, outer, loop)
+                steps.append(Op(primitive, tuple(inputs), tuple(outputs), params, eqn.source_info, outer, label, loop))
+            elif primitive is p.scan_p:
+                outputs = self._scan(eqn, inputs, steps, outer, label, loop)
+            elif primitive is p.cond_p:
+                outputs = self._cond(eqn, inputs, steps, outer, label, loop)
+            elif primitive is BARRIER:
+                outputs = [
+                    self.mark(IDENTITY, (i,), v.aval, eqn.source_info, outer, loop)
+                    for i, v in zip(inputs, eqn.outvars, strict=True)
+                ]
+                steps.append(Op(primitive, tuple(inputs), tuple(outputs), params, eqn.source_info, outer, label, loop))
+            else:
+                if primitive not in _COMBINERS and primitive not in _OPAQUE and _holds_jaxpr(params):
+                    raise UnknownPrimitiveError(
+                        f"The primitive `{primitive.name}` (in scope {_join(outer, eqn) or 'top level'!r}) holds a "
+                        "jaxpr, and no rule says how to enter it. Write the model without it, or report it with a "
+                        "small example so that a rule can be added."
+                    )
+                outputs = [self.new(v.aval) for v in eqn.outvars]
+                op = Op(primitive, tuple(inputs), tuple(outputs), params, eqn.source_info, outer, label, loop)
+                self.ops.append(op)
+                steps.append(op)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _enter(
+        self, eqn: Any, inputs: list[int], steps: list[Op] | None, outer: str, label: str, loop: Loop | None
+    ) -> list[int]:
+        inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
+        name = eqn.params.get("name") or label
+        if steps is None:  # inside a custom derivative: bound whole, so its inner steps are not needed
+            steps = []
+            name = _function_name(inner) or name
+        return self.run(_open(inner), _consts(inner), inputs, steps, _join(outer, eqn), name, loop)
+
+    def _scan(
+        self, eqn: Any, inputs: list[int], steps: list[Op], outer: str, label: str, loop: Loop | None
+    ) -> list[int]:
+        params, info = eqn.params, eqn.source_info
+        inner, n_consts, n_carry = params["jaxpr"], params["num_consts"], params["num_carry"]
+        jaxpr = _open(inner)
+        body_loop = Loop(params["length"], loop)
+        consts, init, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
+        scope = _join(outer, eqn)
+        carry_vars, xs_vars = jaxpr.invars[n_consts : n_consts + n_carry], jaxpr.invars[n_consts + n_carry :]
+        carry = [
+            self.mark(CARRY_IN, (i,), v.aval, info, scope, body_loop) for i, v in zip(init, carry_vars, strict=True)
+        ]
+        slices = [self.mark(SLICE_IN, (i,), v.aval, info, scope, body_loop) for i, v in zip(xs, xs_vars, strict=True)]
+        body_steps: list[Op] = []
+        first_value = len(self.avals)
+        outs = self.run(jaxpr, _consts(inner), [*consts, *carry, *slices], body_steps, scope, label, body_loop)
+        body_loop.carries.extend(zip(carry, outs[:n_carry], strict=True))
+        results = [
+            self.mark(CARRY_OUT if k < n_carry else STACK_OUT, (out,), var.aval, info, scope, loop)
+            for k, (out, var) in enumerate(zip(outs, eqn.outvars, strict=True))
+        ]
+        held = tuple(v for v in self.constants if v >= first_value)
+        body = Body(
+            body_steps, tuple(consts), tuple(carry), tuple(slices), tuple(outs[:n_carry]), tuple(outs[n_carry:]), held
+        )
+        steps.append(Op(p.scan_p, tuple(inputs), tuple(results), params, info, outer, label, loop, body))
+        return results
+
+    def _cond(
+        self, eqn: Any, inputs: list[int], steps: list[Op], outer: str, label: str, loop: Loop | None
+    ) -> list[int]:
+        index, *args = inputs
+        scope = _join(outer, eqn)
+        arms = [self.run(_open(a), _consts(a), args, [], scope, label, loop) for a in eqn.params["branches"]]
+        outputs = [
+            self.mark(CHOOSE, (*(arm[k] for arm in arms), index), var.aval, eqn.source_info, scope, loop)
+            for k, var in enumerate(eqn.outvars)
+        ]
+        steps.append(Op(p.cond_p, tuple(inputs), tuple(outputs), eqn.params, eqn.source_info, outer, label, loop))
+        return outputs
+
+
+def bind(op: Op, args: Sequence[Any]) -> list[Any]:
+    """Runs one step on arrays (or tracers)."""
+    primitive = op.primitive
+    assert isinstance(primitive, Primitive)
+    out = primitive.bind(*args, **primitive.get_bind_params(op.params))
+    return list(out) if primitive.multiple_results else [out]
+
+
+def signature(op: Op) -> Any:
+    """Hashable, equal for two steps that compute the same function of their inputs."""
+    return (op.primitive, tuple(sorted((k, _freeze(v)) for k, v in op.params.items())))
+
+
+def _freeze(x: Any) -> Any:
+    if hasattr(x, "eqns") or hasattr(x, "jaxpr"):  # a jaxpr: its text, and for a custom rule the place of its source
+        jaxpr = _open(x)
+        return (str(jaxpr), tuple(np.asarray(c).tobytes() for c in _consts(x)), _function_source(x))
+    if isinstance(x, (tuple, list)):
+        return tuple(_freeze(v) for v in x)
+    if isinstance(x, dict):
+        return tuple(sorted((k, _freeze(v)) for k, v in x.items()))
+    if isinstance(x, (str, bytes, int, float, complex, bool, type(None))):
+        return x
+    return repr(x) if not callable(x) else type(x).__name__
+
+
+def _alive(ops: list[Op], outputs: Iterable[int]) -> list[Op]:
+    roots, loops = set(outputs), set()
+    while True:
+        needed, kept = set(roots), []
+        for op in reversed(ops):
+            if any(o in needed for o in op.outputs):
+                needed.update(op.inputs)
+                kept.append(op)
+        found = {op.loop for op in kept if op.loop is not None} - loops
+        if not found:
+            kept.reverse()
+            return kept
+        loops |= found  # what a living loop carries around keeps its own producers alive
+        roots.update(out for loop in found for _, out in loop.carries)
+
+
+def _alive_steps(steps: list[Op], outputs: Iterable[int]) -> list[Op]:
+    needed = set(outputs)
+    kept = []
+    for step in reversed(steps):
+        if any(o in needed for o in step.outputs):
+            if step.body is not None:
+                body = step.body
+                inner = _alive_steps(body.steps, (*body.carry_out, *body.ys))
+                step = dataclasses.replace(step, body=dataclasses.replace(body, steps=inner))
+            needed.update(step.inputs)
+            kept.append(step)
+    kept.reverse()
+    return kept
+
+
+def _rewire(ops: list[Op], instead: dict[int, int]) -> list[Op]:
+    def swap(values: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(instead.get(v, v) for v in values)
+
+    result = []
+    for op in ops:
+        body = op.body
+        if body is not None:
+            body = dataclasses.replace(
+                body, steps=_rewire(body.steps, instead), carry_out=swap(body.carry_out), ys=swap(body.ys)
+            )
+        inputs = swap(op.inputs)
+        changed = inputs != op.inputs or body is not op.body
+        result.append(dataclasses.replace(op, inputs=inputs, body=body) if changed else op)
+    return result
+
+
+def _open(jaxpr: Any) -> Any:
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _consts(jaxpr: Any) -> Any:
+    return getattr(jaxpr, "consts", ())
+
+
+def _debug_info(jaxpr: Any) -> Any:
+    return getattr(_open(jaxpr), "debug_info", None)
+
+
+def _function_name(jaxpr: Any) -> str:
+    return _function_source(jaxpr).partition(" at ")[0]
+
+
+def _function_source(jaxpr: Any) -> str:
+    return str(getattr(_debug_info(jaxpr), "func_src_info", ""))
+
+
+def _holds_jaxpr(params: dict[str, Any]) -> bool:
+    def is_jaxpr(x: Any) -> bool:
+        return hasattr(x, "eqns") or (hasattr(x, "jaxpr") and hasattr(x.jaxpr, "eqns"))
+
+    return any(is_jaxpr(v) or (isinstance(v, (tuple, list)) and any(map(is_jaxpr, v))) for v in params.values())
+
+
+def _join(outer: str, eqn: Any) -> str:
+    inner = str(eqn.source_info.name_stack)
+    return f"{outer}/{inner}" if outer and inner else outer or inner

@@ -1,0 +1,121 @@
+"""The tropical domain: how fast a value vanishes as some of its factors shrink.
+
+Multiply chosen values by c and let c go to 0: every other value behaves as c^D, and D, its *order*, is computed with
+exponents alone. Products add orders, sums take the minimum (the slower term stays), a division subtracts, a root
+halves; relu, tanh and every reshaping keep the order; exp and sigmoid tend to a constant, order 0. Zero has order
+infinity, and neither a literal epsilon nor an additive parameter counts.
+
+A chain of m weight layers has order m, so Fixup's rule (Zhang et al. 2019, Sec. 3) generalizes from m to D.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fixup_init import jaxprs
+from fixup_init.graph import Graph
+from fixup_init.jaxprs import Op, p
+
+__all__ = ["SQUASH", "orders"]
+
+EPSILON = 1.001e-3  # a literal up to this size, added or compared, is a guard against division by zero
+
+KEEP = frozenset({
+    p.broadcast_in_dim_p, p.reshape_p, p.transpose_p, p.convert_element_type_p, p.squeeze_p, p.copy_p, p.slice_p,
+    p.rev_p, p.gather_p, p.dynamic_slice_p, p.pad_p, p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.cumsum_p,
+    p.cummax_p, p.cummin_p, p.reduce_window_sum_p, p.reduce_window_max_p, p.reduce_window_min_p, p.reduce_window_p,
+    p.reduce_p, p.neg_p, p.abs_p, p.real_p, p.imag_p, p.conj_p, p.reduce_precision_p, p.fft_p, p.stop_gradient_p,
+    p.sharding_constraint_p, p.name_p, p.top_k_p, p.device_put_p,
+    p.tanh_p, p.sin_p, p.tan_p, p.asin_p, p.atan_p, p.sinh_p, p.asinh_p, p.atanh_p, p.erf_p, p.erf_inv_p, p.expm1_p,
+    p.log1p_p, jaxprs.SPLIT,
+    jaxprs.CARRY_IN, jaxprs.CARRY_OUT, jaxprs.SLICE_IN, jaxprs.STACK_OUT, jaxprs.IDENTITY,
+})  # fmt: skip
+LEAST = frozenset({
+    p.add_p, p.sub_p, p.max_p, p.min_p, p.concatenate_p, p.dynamic_update_slice_p, p.complex_p, p.atan2_p,
+    p.scatter_p, p.scatter_add_p, p.add_jaxvals_p, p.rem_p,
+})  # fmt: skip
+PRODUCT = frozenset({p.mul_p, p.dot_general_p, p.conv_general_dilated_p, p.scatter_mul_p})
+# A constant is left when the argument vanishes.
+SQUASH = frozenset({p.exp_p, p.exp2_p, p.logistic_p, p.erfc_p, p.cos_p, p.cosh_p, p.acos_p, p.log_p, p.lgamma_p})
+
+
+def orders(
+    graph: Graph, ops: Iterable[int], seeds: Mapping[int, float], transparent: Mapping[int, int] | None = None
+) -> dict[int, float]:
+    """Orders of the values that `ops` make.
+
+    Args:
+      graph: the model.
+      ops: indices into `graph.program.ops`, in order.
+      seeds: orders given to values (the factors that shrink have 1); any other value from outside has 0.
+      transparent: for a normalization's result, the value that it normalizes; its order passes through.
+
+    Returns:
+      The order of every value made, the seeds included.
+    """
+    known: dict[int, float] = dict(seeds)
+    for k in ops:
+        op = graph.program.ops[k]
+        found = _order(graph, op, known)
+        for v in op.outputs:
+            if v in seeds:
+                continue
+            known[v] = known.get(transparent[v], 0.0) if transparent and v in transparent else found
+    return known
+
+
+def _order(graph: Graph, op: Op, known: Mapping[int, float]) -> float:
+    primitive = op.primitive
+
+    def of(value: int, guard: bool = False) -> float:
+        if value in known:
+            return known[value]
+        if graph.kind[value]:
+            return 0.0
+        number = graph.literal(value)
+        if number == 0 or (guard and number is not None and abs(number) <= EPSILON):
+            return math.inf
+        return 0.0
+
+    if primitive in KEEP:
+        return of(op.inputs[0])
+    if primitive in PRODUCT:
+        return of(op.inputs[0]) + of(op.inputs[1])
+    if primitive in LEAST:
+        inputs = op.inputs
+        if primitive is p.dynamic_update_slice_p:
+            inputs = inputs[:2]
+        elif primitive in (p.scatter_p, p.scatter_add_p):
+            inputs = (inputs[0], inputs[2])
+        streams = [v for v in inputs if graph.is_activation(v)]
+        if streams and primitive in (p.add_p, p.sub_p, p.concatenate_p):
+            inputs = tuple(v for v in inputs if not graph.is_parameter(v))  # additive parameters do not count
+        return min((of(v, guard=True) for v in inputs), default=0.0)
+    if primitive is p.select_n_p:
+        return min(of(v) for v in op.inputs[1:])
+    if primitive is p.clamp_p:
+        return of(op.inputs[1])
+    if primitive is jaxprs.CHOOSE:
+        return min(of(v) for v in op.inputs[:-1])
+    if primitive is p.div_p:
+        above, below = of(op.inputs[0]), of(op.inputs[1])
+        return above - below if math.isfinite(below) else above
+    if primitive is p.sort_p:
+        return of(op.inputs[0])
+    power = _power(graph, op)
+    if power is not None:
+        x = of(op.inputs[0])
+        return power * x if math.isfinite(x) or power > 0 else 0.0
+    return 0.0
+
+
+def _power(graph: Graph, op: Op) -> float | None:
+    """The exponent of a power, None for another operation."""
+    primitive: Any = op.primitive
+    if primitive is p.integer_pow_p:
+        return float(op.params["y"])
+    if primitive is p.pow_p:
+        return graph.literal(op.inputs[1])
+    return {p.square_p: 2.0, p.sqrt_p: 0.5, p.rsqrt_p: -0.5, p.cbrt_p: 1 / 3}.get(primitive)

@@ -1,0 +1,181 @@
+"""Fixup (Zhang, Dauphin & Ma 2019, arXiv:1901.09321, Sec. 3): residual learning without normalization.
+
+1. The last layer of each residual branch, and the head, start at zero.
+2. Every other layer starts as usual (He, fan_out); inside a branch its standard deviation is multiplied by
+   L^(-1/(2m-2)), L the number of branches and m the number of layers in one.
+3. Biases start at 0, multipliers at 1.
+
+m is the order of the branch (`fixup_init.orders`), so that a gated MLP counts three factors and attention two. Where a
+normalization follows a kernel, scaling it does nothing, and zeroing it would put a zero-variance tensor into the
+normalization: the zero goes to the last parameter of the branch that multiplies it, the normalization's scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fixup_init.plan import Entry, Plan, as_model, constant
+from fixup_init.schemes.base import rest
+from fixup_init.schemes.variance import Variance, he
+from fixup_init.structure import Branch, Parameter, Structure, StructureError
+
+__all__ = ["Fixup", "factor"]
+
+
+def factor(num_branches: int, order: float) -> float:
+    """L^(-1/(2m-2)), Fixup's factor for all but the last layer of a branch (Sec. 3, rule 2).
+
+    Args:
+      num_branches: L, residual branches of the network.
+      order: m, weight layers in the branch; at least 2.
+
+    Example:
+      >>> round(factor(54, 2), 4), round(factor(16, 3), 4)
+      (0.1361, 0.5)
+    """
+    if num_branches < 1 or order < 2:
+        raise ValueError(
+            f"num_branches={num_branches!r}, order={order!r}: expected L >= 1 and m >= 2. A branch of one layer has no "
+            "factor; its only layer starts at zero."
+        )
+    return num_branches ** (-1.0 / (2 * order - 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixup:
+    """Fixup for any structure.
+
+    Args:
+      base: the variance of a layer before Fixup's factor; the paper's is He with fan_out.
+      head: "auto" zeroes the layers that outputs come from; a path names the head; None leaves it as any other layer.
+      tied: what to do with a kernel that different branches claim in different ways: "error" or "first".
+      undecided: what to do with sums that the graph leaves open: "error" or "ignore".
+    """
+
+    base: Variance = dataclasses.field(default_factory=lambda: he("fan_out"))
+    head: str | None = "auto"
+    tied: str = "error"
+    undecided: str = "error"
+
+    @property
+    def name(self) -> str:
+        return "fixup"
+
+    def plan(self, structure: Structure) -> Plan:
+        parameters = {q.path: q for q in structure.parameters}
+        heads = self._heads(structure, parameters)
+        self._refuse_undecided(structure)
+        L = structure.num_branches
+        claims: dict[str, Entry] = {}
+        notes: list[str] = []
+
+        def claim(entry: Entry) -> None:
+            first = claims.setdefault(entry.path, entry)
+            if (first.distribution, first.std, first.value) != (entry.distribution, entry.std, entry.value):
+                if self.tied == "first":
+                    return
+                raise StructureError(
+                    f"`{entry.path}` is shared, and its uses call for different scales: {first.reason!r} and "
+                    f'{entry.reason!r}. Give Fixup(tied="first"), or another scheme and Plan.override.'
+                )
+
+        number = 0
+        for branch in structure.branches:
+            last_number = number + branch.repeats
+            where = f"branch {number + 1}" + (f"-{last_number}" if branch.repeats > 1 else "") + f" of {L}"
+            for entry in self._branch(branch, where, L, parameters, notes):
+                claim(entry)
+            number = last_number
+        shortcuts = {path for b in structure.branches for path in b.skip_weights}
+        for path in heads:
+            parameter = parameters[path]
+            if "embedding" in parameter.uses:
+                claim(as_model(parameter, "head tied to the embedding table, which zeros would erase: the model's own"))
+            else:
+                claim(constant(parameter, 0.0, "head: zero"))
+        entries = []
+        for q in structure.parameters:
+            if q.path in claims:
+                entries.append(claims[q.path])
+            elif q.role == "kernel":
+                place = "projection shortcut: " if q.path in shortcuts else "outside of branches: "
+                entries.append(self.base.entry(q, prefix=place))
+            else:
+                entries.append(rest(q))
+        if not heads:
+            notes.append("No head was found: outputs come from residual sums. Nothing outside of branches is zero.")
+        if not structure.branches:
+            notes.append("No residual branch was found, so no kernel is scaled; only the head is zero.")
+        return Plan(self.name, L, tuple(entries), tuple(notes))
+
+    def _branch(
+        self, branch: Branch, where: str, L: int, parameters: dict[str, Parameter], notes: list[str]
+    ) -> list[Entry]:
+        """Entries for the weights of one branch, and for what brings it to zero."""
+        entries: list[Entry] = []
+        m = branch.order
+        layers = list(dict.fromkeys(branch.weights))
+        for k, path in enumerate(layers):
+            q = parameters[path]
+            place = f"{where}, layer {k + 1} of {len(layers)}: "
+            if q.role != "kernel":  # an embedding is no factor of the stream
+                entries.append(rest(q))
+            elif branch.roles[path] == "control":
+                entries.append(self.base.entry(q, prefix=place, suffix="; on a control path, not scaled"))
+            elif branch.scaling.get(path, 0) < 1:
+                entries.append(
+                    self.base.entry(q, prefix=place, suffix="; a normalization follows, so scaling would do nothing")
+                )
+            elif path in branch.last:
+                entries.append(constant(q, 0.0, f"{place}last, zero"))
+            elif m < 2:
+                entries.append(self.base.entry(q, prefix=place, suffix=f"; the branch has order {m:g}, no factor"))
+            else:
+                suffix = f" x L^(-1/{2 * m - 2:g}) = {L}^(-1/{2 * m - 2:g})"
+                entries.append(self.base.entry(q, factor(L, m), prefix=place, suffix=suffix))
+        if not branch.last:
+            notes.append(f"{where} ({branch.scope}) has no weight of its own to set to zero.")
+        elif any(branch.scaling.get(path, 0) < 1 for path in branch.last):
+            closing = [
+                path for path, order in branch.scaling.items()
+                if order >= 1 and parameters[path].role in ("norm_scale", "multiplier")
+            ]  # fmt: skip
+            if closing:
+                reason = (
+                    f"{where}: zero here and not in `{branch.last[-1]}`, which a normalization follows; this is the last "
+                    "parameter that multiplies the branch"
+                )
+                entries.append(constant(parameters[closing[-1]], 0.0, reason))
+            else:
+                notes.append(
+                    f"{where} ({branch.scope}) ends in a normalization without a scale, so it cannot start at zero."
+                )
+        return entries
+
+    def _heads(self, structure: Structure, parameters: dict[str, Parameter]) -> tuple[str, ...]:
+        if self.head is None:
+            return ()
+        if self.head != "auto":
+            if self.head not in parameters:
+                raise StructureError(
+                    f"head={self.head!r} is no parameter; the last weight layers are "
+                    f"{', '.join(repr(layer.path) for layer in structure.layers[-3:])}."
+                )
+            return (self.head,)
+        for u in structure.undecided:
+            if u.what == "head":
+                names = ", ".join(f"`{path}`" for term in u.terms for path in term)
+                raise StructureError(
+                    f"The head of {structure.name} is ambiguous: {u.why} ({u.where}): {names}. Name it with "
+                    f"scheme=fi.Fixup(head={u.terms[-1][0]!r}), or leave all of them as they are with head=None."
+                )
+        return structure.heads
+
+    def _refuse_undecided(self, structure: Structure) -> None:
+        for u in structure.undecided:
+            if u.what == "sum" and self.undecided != "ignore":
+                terms = " + ".join("(" + (", ".join(t) or "no weights") + ")" for t in u.terms)
+                raise StructureError(
+                    f"The sum in {u.where or structure.name} cannot be decided: {u.why}: {terms}. "
+                    'fi.Fixup(undecided="ignore") treats it as no residual.'
+                )

@@ -1,0 +1,410 @@
+"""What a model is: its residual branches, weight layers, normalizations, stem and head, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from fixup_init.graph import Graph, Layer
+from fixup_init.jaxprs import Loop, p
+from fixup_init.residual import Branch as BranchNodes
+from fixup_init.residual import Residual
+from fixup_init.tracing import Traced, trace
+
+__all__ = [
+    "Branch", "LayerInfo", "NormInfo", "Parameter", "Structure", "StructureError", "Undecided", "of_trace", "structure",
+]  # fmt: skip
+
+Role = Literal[
+    "kernel", "embedding", "gain", "norm_scale", "norm_bias", "multiplier", "bias", "position", "other", "unused"
+]
+
+
+class StructureError(ValueError):
+    """Something in a model's structure cannot be decided, and what was asked depends on it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerInfo:
+    """A weight layer: the path of its kernel and the fans of its equation (receptive field and groups included)."""
+
+    path: str
+    kind: Literal["dense", "conv", "embedding"]
+    fan_in: int
+    fan_out: int
+    repeats: int = 1
+    scope: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class NormInfo:
+    """A normalization: its scale and bias (paths), the axes of its statistics, and whether they include the batch."""
+
+    scale: str | None
+    bias: str | None
+    axes: tuple[int, ...]
+    batch: bool
+    form: Literal["train", "inference"]
+    scope: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """A residual branch.
+
+    Attributes:
+      weights: its weight layers, parameter paths in trace order.
+      depth: weight layers in series (the longest chain).
+      order: D, the branch behaves as c^D when all its kernels are multiplied by c and c goes to 0.
+      order_without_norms: D with its normalizations disregarded.
+      skip: what lies beside it.
+      repeats: how many branches of the network this one stands for (a scan body stands for its length).
+      roles: for each weight, "value" (shrinking it shrinks the branch, normalizations disregarded) or "control".
+      last: the value layers with no other behind them.
+      scaling: order of the branch in each of its multiplicative parameters alone, normalizations included.
+      norm_scales: scales of its normalizations, in trace order.
+      scope: where the sum is, by name; '' where the framework gives no names.
+    """
+
+    weights: tuple[str, ...]
+    depth: int
+    order: float
+    order_without_norms: float
+    skip: Literal["identity", "projection", "reshape"]
+    skip_weights: tuple[str, ...]
+    repeats: int
+    roles: dict[str, Literal["value", "control"]]
+    last: tuple[str, ...]
+    scaling: dict[str, float]
+    norm_scales: tuple[str, ...]
+    scope: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter leaf and what the model does with it; `neutral` is the value at which a multiplier does nothing."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: Role
+    uses: tuple[Role, ...]
+    layers: tuple[LayerInfo, ...] = ()
+    neutral: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Undecided:
+    """Something that the graph leaves open: `terms` are the parameter paths on each side."""
+
+    what: Literal["sum", "head"]
+    where: str
+    terms: tuple[tuple[str, ...], ...]
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """The structure of a model; prints as a tree.
+
+    Attributes:
+      name: the model's.
+      branches: residual branches in trace order.
+      layers: weight layers in trace order.
+      norms: normalizations in trace order.
+      stems: weight layers before the first split; `stem` is the first of them.
+      heads: the weight layers that outputs come from directly, outside every branch; `head` if there is just one.
+      parameters: every parameter leaf, in the order of the tree.
+      undecided: what the graph leaves open.
+    """
+
+    name: str
+    branches: tuple[Branch, ...]
+    layers: tuple[LayerInfo, ...]
+    norms: tuple[NormInfo, ...]
+    stems: tuple[str, ...]
+    heads: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    undecided: tuple[Undecided, ...] = ()
+
+    @property
+    def num_branches(self) -> int:
+        """L, the number of residual branches, repeats counted."""
+        return sum(b.repeats for b in self.branches)
+
+    @property
+    def stem(self) -> str | None:
+        return self.stems[0] if self.stems else None
+
+    @property
+    def head(self) -> str | None:
+        return self.heads[0] if len(self.heads) == 1 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, with a version."""
+        return {"version": 1, "num_branches": self.num_branches, "stem": self.stem, "head": self.head} | _plain(self)
+
+    def __str__(self) -> str:
+        from fixup_init.report.tree import tree
+
+        return tree(self)
+
+
+def structure(model: Any, *args: Any, normalization: str = "kept", **kwargs: Any) -> Structure:
+    """Finds the residual structure of a model by tracing it; nothing is allocated and nothing runs.
+
+    Args:
+      model: a Flax Linen module, a Flax NNX module or `fi.Function(apply, params)`.
+      *args: the model's own arguments after the key, arrays or `jax.ShapeDtypeStruct`.
+      normalization: "kept", or "removed" for the structure that is left when every normalization is bypassed.
+      **kwargs: the model's own keyword arguments; `method=` and `rngs=` as in Flax.
+
+    Returns:
+      A `Structure`.
+
+    Raises:
+      ModelError: the model cannot be traced on these inputs, or returns no array.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, fixup_init as fi
+      >>> from fixup_init.models.resnet import cifar_resnet
+      >>> s = fi.structure(cifar_resnet(20, norm="none"), jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32))
+      >>> s.num_branches, s.branches[0].depth, s.branches[0].order
+      (9, 2, 2)
+    """
+    return of_trace(trace(model, args, kwargs, normalization))
+
+
+def of_trace(traced: Traced) -> Structure:
+    """The structure in a trace."""
+    graph = traced.graph
+    layers = {node: _layer_info(graph, layer) for node, layer in graph.layers.items()}
+    branches = tuple(
+        _branch(traced, layers, residual, branch) for residual in traced.residuals for branch in residual.branches
+    )
+    in_branches = {n for r in traced.residuals for b in r.branches for n in b.layers}
+    in_branches |= {n for r in traced.residuals for n in r.skip_layers}
+    heads, open_heads = _heads(traced, in_branches)
+    first_split = min((r.split for r in traced.residuals), default=None)
+    stems = [n for n in sorted(layers) if n not in in_branches and n not in heads]
+    stems = [n for n in stems if n <= first_split] if first_split is not None else stems[:1]
+    undecided = [
+        Undecided(
+            "sum", _scope(graph, graph.node_of[u.sum]), tuple(tuple(layers[n].path for n in t) for t in u.terms), u.why
+        )
+        for u in traced.undecided
+    ]
+    undecided += [
+        Undecided(
+            "head", f"output {k}", tuple((layers[n].path,) for n in nodes),
+            f"{len(nodes)} weight layers feed the output and no one of them is last",
+        )
+        for k, nodes in open_heads
+    ]  # fmt: skip
+    return Structure(
+        name=traced.application.name,
+        branches=branches,
+        layers=tuple(layers.values()),
+        norms=tuple(_norm_info(traced, n) for n in traced.norms),
+        stems=tuple(layers[n].path for n in stems),
+        heads=tuple(dict.fromkeys(layers[n].path for n in heads)),
+        parameters=_parameters(traced, layers),
+        undecided=tuple(undecided),
+    )
+
+
+def _layer_info(graph: Graph, layer: Layer) -> LayerInfo:
+    return LayerInfo(
+        layer.path, layer.kind, layer.fan_in, layer.fan_out, _repeats(graph, layer.node), _scope(graph, layer.node)
+    )
+
+
+def _branch(traced: Traced, layers: dict[int, LayerInfo], residual: Residual, branch: BranchNodes) -> Branch:
+    graph = traced.graph
+    leaves = graph.leaves
+
+    def paths(nodes: Iterable[int]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(layers[n].path for n in nodes))
+
+    sum_node = graph.node_of[residual.sum]
+    inside = [n for n in traced.norms if graph.node_of[n.core] in branch.nodes]
+    return Branch(
+        weights=tuple(layers[n].path for n in branch.layers),
+        depth=branch.depth,
+        order=_whole(branch.order),
+        order_without_norms=_whole(branch.free_order),
+        skip=residual.skip,
+        skip_weights=paths(residual.skip_layers),
+        repeats=_repeats(graph, sum_node),
+        roles={layers[n].path: "value" if n in branch.value else "control" for n in branch.layers},
+        last=paths(branch.last),
+        scaling={leaves[v].path: _whole(order) for v, order in branch.leaf_orders.items()},
+        norm_scales=tuple(dict.fromkeys(leaves[v].path for n in inside for v in n.scale)),
+        scope=_scope(graph, sum_node),
+    )
+
+
+def _whole(order: float) -> float:
+    return int(order) if math.isfinite(order) and order == int(order) else order
+
+
+def _norm_info(traced: Traced, norm: Any) -> NormInfo:
+    leaves = traced.graph.leaves
+    return NormInfo(
+        scale=leaves[norm.scale[0]].path if norm.scale else None,
+        bias=leaves[norm.bias[0]].path if norm.bias else None,
+        axes=norm.axes,
+        batch=norm.form == "inference" or 0 in norm.axes,
+        form=norm.form,
+        scope=_scope(traced.graph, traced.graph.node_of[norm.core]),
+    )
+
+
+def _scope(graph: Graph, node: int) -> str:
+    return graph.scope(node)
+
+
+def _repeats(graph: Graph, node: int) -> int:
+    """How many times a node stands in the depth of the network: the length of each scan whose carry runs through it."""
+    op = graph.op(node)
+    loop = op.loop if op is not None else None
+    repeats = 1
+    while loop is not None:
+        if node in _carried(graph, loop):
+            repeats *= loop.length
+        loop = loop.parent
+    return repeats
+
+
+def _carried(graph: Graph, loop: Loop) -> frozenset[int]:
+    """Nodes of a scan body on a path from a carry to a carry; found once for each loop."""
+    cache: dict[Loop, frozenset[int]] = graph.__dict__.setdefault("_carried", {})
+    if loop not in cache:
+        starts = {graph.node_of[c] for c, _ in loop.carries if c in graph.node_of}
+        ends = [graph.node_of[o] for _, o in loop.carries if o in graph.node_of]
+        low = min(starts, default=0)
+        back, todo = set(ends), list(ends)
+        while todo:
+            for a in graph.parents[todo.pop()]:
+                if a >= low and a not in back:
+                    back.add(a)
+                    todo.append(a)
+        below = set(starts)
+        for n in sorted(back):
+            if any(a in below for a in graph.parents[n]):
+                below.add(n)
+        cache[loop] = frozenset(below & back)
+    return cache[loop]
+
+
+def _heads(traced: Traced, in_branches: set[int]) -> tuple[list[int], list[tuple[int, list[int]]]]:
+    """The last weight layer of each output, and the outputs that several layers outside of branches feed."""
+    graph = traced.graph
+    heads: list[int] = []
+    unclear: list[tuple[int, list[int]]] = []
+    for k, output in enumerate(graph.outputs):
+        seen, todo, found = {output}, [output], []
+        while todo:
+            n = todo.pop()
+            if n in graph.layers:
+                found.append(n)
+                continue
+            for a in graph.parents[n]:
+                if a not in seen:
+                    seen.add(a)
+                    todo.append(a)
+        if not found or any(n in in_branches for n in found):
+            continue  # a backbone: it ends in a residual sum
+        if len(found) == 1:
+            heads.extend(n for n in found if n not in heads)
+        else:
+            unclear.append((k, sorted(found)))
+    return heads, unclear
+
+
+def _parameters(traced: Traced, layers: dict[int, LayerInfo]) -> tuple[Parameter, ...]:
+    graph = traced.graph
+    uses: dict[int, dict[Role, None]] = {v: {} for v, leaf in graph.leaves.items() if leaf.kind == "param"}
+    of_layer: dict[int, list[LayerInfo]] = {v: [] for v in uses}
+    neutral: dict[int, float] = {}
+    for node, layer in graph.layers.items():
+        for k, v in enumerate(layer.leaves):
+            uses[v][("embedding" if layer.kind == "embedding" else "kernel") if k == 0 else "gain"] = None
+            of_layer[v].append(layers[node])
+    in_norms: dict[int, Role] = {}
+    for norm in traced.norms:
+        in_norms.update(dict.fromkeys(norm.scale, "norm_scale") | dict.fromkeys(norm.bias, "norm_bias"))
+    for node in graph.parents:
+        op = graph.op(node)
+        if op is None or node in graph.layers:
+            continue
+        for value in op.inputs:
+            if graph.is_activation(value):
+                continue
+            for v in graph.origins.get(value, ()):
+                if v not in uses:
+                    continue
+                role = in_norms.get(v) or _role(graph, node, v)
+                uses[v][role] = None
+                if role in ("norm_scale", "multiplier"):
+                    neutral[v] = _neutral(graph, value, v)
+    parameters = []
+    for v, found in uses.items():
+        leaf = graph.leaves[v]
+        roles = tuple(found) or ("unused",)
+        role = min(roles, key=_PRIORITY.index)
+        parameters.append(
+            Parameter(leaf.path, leaf.shape, str(leaf.dtype), role, roles, tuple(of_layer[v]), neutral.get(v))
+        )
+    return tuple(parameters)
+
+
+_PRIORITY: list[Role] = [
+    "kernel", "embedding", "gain", "norm_scale", "norm_bias", "multiplier", "position", "bias", "other", "unused",
+]  # fmt: skip
+
+
+def _role(graph: Graph, node: int, leaf: int) -> Role:
+    op = graph.op(node)
+    assert op is not None
+    if op.primitive in (p.mul_p, p.div_p):
+        # One arm of a piecewise function (PReLU) is a slope, no multiplier of the stream.
+        piecewise = any(
+            (o := graph.op(u)) is not None and o.primitive in (p.select_n_p, p.max_p, p.min_p)
+            for u in graph.users[node]
+        )
+        return "other" if piecewise else "multiplier"
+    if op.primitive in (p.add_p, p.sub_p):
+        return "position" if _is_table(graph, node, leaf) else "bias"
+    return "other"
+
+
+def _is_table(graph: Graph, node: int, leaf: int) -> bool:
+    """Whether an additive parameter varies over more than the features of the layer before it."""
+    sizes = tuple(n for n in graph.leaves[leaf].shape if n > 1)
+    if len(sizes) <= 1:
+        return False
+    while len(graph.parents[node]) == 1:
+        node = graph.parents[node][0]
+        if node in graph.layers:
+            return math.prod(sizes) > graph.layers[node].fan_out
+    return True
+
+
+def _neutral(graph: Graph, value: int, leaf: int) -> float:
+    """1 for a factor `leaf`, 0 for a factor `1 + leaf`."""
+    from fixup_init.orders import orders
+
+    return 1.0 if orders(graph, graph.behind([value]), {leaf: 1.0}).get(value, 1.0) >= 1 else 0.0
+
+
+def _plain(x: Any) -> Any:
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
+    if isinstance(x, dict):
+        return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, (tuple, list)):
+        return [_plain(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x

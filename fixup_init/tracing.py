@@ -1,0 +1,99 @@
+"""A model and its arguments -> its Graph, its normalizations and its residual sums."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from fixup_init import frameworks, graph, jaxprs, normalization, residual
+from fixup_init.frameworks import Application, ModelError
+from fixup_init.frameworks.application import path_of
+
+__all__ = ["Traced", "trace"]
+
+NORMALIZATION = ("kept", "removed")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """One trace of a model and what was found in it."""
+
+    application: Application
+    graph: graph.Graph
+    norms: tuple[normalization.Norm, ...]
+    residuals: tuple[residual.Residual, ...]
+    undecided: tuple[residual.Undecided, ...]
+    result: Any  # tree of the result
+
+
+def trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], normalization_: str = "kept") -> Traced:
+    """Traces a model on abstract values and finds its structure; nothing is allocated.
+
+    Args:
+      model: Linen module, NNX module or `Function`.
+      args: positional arguments after the key.
+      kwargs: keyword arguments.
+      normalization_: "kept", or "removed" to bypass every normalization that is found.
+
+    Raises:
+      ModelError: the model fails on these inputs, or returns no array.
+    """
+    if normalization_ not in NORMALIZATION:
+        raise ValueError(f"normalization={normalization_!r}: expected one of {', '.join(map(repr, NORMALIZATION))}.")
+    application = frameworks.adapt(model, args, kwargs)
+    if not application.inputs.arrays:
+        raise ModelError(
+            f"{application.name} got no array to trace with, only ({frameworks.describe((args, kwargs))}). Give the "
+            "arguments that the model takes, as arrays or as jax.ShapeDtypeStruct(shape, dtype)."
+        )
+
+    def run(params: Any, state: Any, noise: Any, arrays: Any) -> Any:
+        result = application.apply(params, state, noise, arrays)
+        return [leaf for leaf in jax.tree.leaves(result) if isinstance(leaf, jax.Array)], result
+
+    arguments = (application.params, application.state, application.noise, application.inputs.abstract)
+    results: list[Any] = []
+
+    def arrays_of(*a: Any) -> Any:
+        arrays, result = run(*a)
+        results.append(jax.tree.map(lambda leaf: jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf, result))
+        return arrays
+
+    try:
+        program, shapes = jaxprs.trace(arrays_of, *arguments)
+    except jaxprs.UnknownPrimitiveError:
+        raise
+    except Exception as error:
+        raise ModelError(frameworks._failed(application.name, "traced", args, kwargs, error)) from error
+    if not shapes:
+        raise ModelError(
+            f"{application.name} returned {results[0]!r}, which holds no array. The structure is that of what leads "
+            "to an output: let the model return an array or a tree of arrays (method= picks another method)."
+        )
+    leaves = [
+        graph.Leaf(path_of(path), tuple(leaf.shape), leaf.dtype, kind)
+        for kind, tree in zip(("param", "state", "noise"), arguments[:3], strict=True)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    leaves += [
+        graph.Leaf(name, tuple(a.shape), a.dtype, "noise" if _is_key(a) else "input")
+        for name, a in zip(application.inputs.names, application.inputs.abstract, strict=True)
+    ]
+    traced = _understood(application, program, leaves, results[0])
+    if normalization_ == "removed":
+        program = normalization.remove(traced.graph, traced.norms)
+        traced = _understood(application, program, leaves, results[0])
+    return traced
+
+
+def _understood(application: Application, program: jaxprs.Program, leaves: list[graph.Leaf], result: Any) -> Traced:
+    found = graph.build(program, leaves)
+    norms = normalization.find(found)
+    residuals, undecided = residual.find(found, norms)
+    return Traced(application, found, norms, residuals, undecided, result)
+
+
+def _is_key(x: Any) -> bool:
+    return bool(jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
