@@ -22,7 +22,7 @@ import numpy as np
 from jax.extend.core import Literal, Primitive
 from jax.extend.core import primitives as p
 
-__all__ = ["Body", "Loop", "Marker", "Op", "Program", "UnknownPrimitiveError", "bind", "trace"]
+__all__ = ["Body", "Loop", "Marker", "Op", "Program", "UnknownPrimitiveError", "bind", "evaluate", "flatten", "trace"]
 
 
 class UnknownPrimitiveError(NotImplementedError):
@@ -283,6 +283,15 @@ class _Flattener:
         ]
         steps.append(Op(p.cond_p, tuple(inputs), tuple(outputs), eqn.params, eqn.source_info, outer, label, loop))
         return outputs
+
+
+def evaluate(program: Program, args: Sequence[Any]) -> list[Any]:
+    """Runs a program on arrays, step by step and uncompiled: for the few steps that make some initial values."""
+    env: dict[int, Any] = dict(program.constants)
+    env.update(zip(program.inputs, args, strict=True))
+    for step in program.steps:
+        env.update(zip(step.outputs, bind(step, [env[v] for v in step.inputs]), strict=True))
+    return [env[v] for v in program.outputs]
 
 
 def bind(op: Op, args: Sequence[Any]) -> list[Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import heapq
 
-
 from fixup_init.graph import STATE, Graph
 from fixup_init.jaxprs import Op, Program, p
 from fixup_init.orders import SQUASH, orders

@@ -158,9 +158,7 @@ def as_model(parameter: Parameter, reason: str) -> Entry:
 def _entry(
     parameter: Parameter, distribution: Distribution, std: float | None, value: float | None, reason: str
 ) -> Entry:
-    return Entry(
-        parameter.path, parameter.shape, parameter.dtype, parameter.role, distribution, std, value, reason
-    )
+    return Entry(parameter.path, parameter.shape, parameter.dtype, parameter.role, distribution, std, value, reason)
 
 
 def _near(name: str, names: list[str]) -> str:

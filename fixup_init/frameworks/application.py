@@ -9,7 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["Application", "Arguments", "ModelError", "is_array", "path_of", "split_arguments"]
+__all__ = [
+    "Application", "Arguments", "ModelError", "is_array", "path_of", "split_arguments",
+    "wanted_leaves",
+]  # fmt: skip
 
 
 class ModelError(ValueError):
@@ -20,8 +23,9 @@ class ModelError(ValueError):
 class Application:
     """`apply(params, state, noise, inputs) -> result`, pure, with the abstract values of its arguments.
 
-    `initial(key)` gives (params, state) as the model's own initializers draw them; `combine(params, state)` gives back
-    the framework's form (variables, module), `separate` takes that form apart.
+    `initial(key, wanted)` gives the leaves of (params, state) as the model's own initializers draw them, None for those
+    that are not wanted; `combine(params, state)` gives back the framework's form (variables, module), `separate` takes
+    that form apart.
     """
 
     name: str
@@ -30,7 +34,7 @@ class Application:
     state: Any
     noise: Any
     inputs: Arguments
-    initial: Callable[[Any], tuple[Any, Any]]
+    initial: Callable[[Any, Sequence[bool]], list[Any]]
     combine: Callable[[Any, Any], Any]
     separate: Callable[[Any], tuple[Any, Any]]
 
@@ -72,9 +76,19 @@ def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
             filled[k] = array
         return jax.tree_util.tree_unflatten(tree, filled)
 
-    return Arguments(
-        tuple(leaves[k] for k in where), tuple(f"input/{path_of(flat[k][0][1:])}" for k in where), restore
-    )
+    return Arguments(tuple(leaves[k] for k in where), tuple(f"input/{path_of(flat[k][0][1:])}" for k in where), restore)
+
+
+def wanted_leaves(tree: Any, wanted: Sequence[bool], remedy: str) -> list[Any]:
+    """The wanted leaves of values that the model already holds."""
+    leaves = jax.tree.leaves(tree)
+    missing = [x for x, w in zip(leaves, wanted, strict=True) if w and isinstance(x, jax.ShapeDtypeStruct)]
+    if missing:
+        raise ModelError(
+            f"{len(missing)} leaves keep the model's own values, but these are abstract (jax.ShapeDtypeStruct, first "
+            f"{missing[0]}). {remedy}, or use a scheme that sets every leaf."
+        )
+    return [x if w else None for x, w in zip(leaves, wanted, strict=True)]
 
 
 def path_of(entries: Sequence[Any]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from fixup_init.frameworks.application import Application, abstract, split_arguments
+from fixup_init.frameworks.application import Application, abstract, split_arguments, wanted_leaves
 
 __all__ = ["Function", "adapt"]
 
@@ -42,14 +42,9 @@ def adapt(model: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> App
         inner_args, inner_kwargs = arguments.restore(arrays)
         return model.apply(params, *inner_args, **inner_kwargs)
 
-    def initial(key: Any) -> tuple[Any, Any]:
+    def initial(key: Any, wanted: Sequence[bool]) -> list[Any]:
         del key
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model.params)):
-            raise ValueError(
-                "A Function has no initializers of its own, and its params are abstract (jax.ShapeDtypeStruct). "
-                "Give Function(apply, params) drawn parameters, or a scheme that sets every leaf."
-            )
-        return model.params, ()
+        return wanted_leaves(model.params, wanted, "A Function has no initializers of its own. Give it drawn params")
 
     return Application(
         name=getattr(model.apply, "__name__", type(model.apply).__name__),

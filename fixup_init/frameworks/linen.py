@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from fixup_init import jaxprs
 from fixup_init.frameworks.application import Application, abstract, split_arguments
 
 __all__ = ["adapt"]
@@ -25,7 +27,7 @@ def adapt(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ap
         inner_args, inner_kwargs = arguments.restore(arrays)
         return model.init(rng, *inner_args, method=method, **inner_kwargs)
 
-    shapes = jax.eval_shape(init, key, arguments.abstract)
+    closed, shapes = jax.make_jaxpr(init, return_shape=True)(key, arguments.abstract)
     params = shapes.get("params", {})
     state = {k: v for k, v in shapes.items() if k != "params"}
 
@@ -37,8 +39,16 @@ def adapt(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ap
         )  # fmt: skip
         return result[0]
 
-    def initial(rng: Any) -> tuple[Any, Any]:
-        return separate(init(rng, arguments.arrays))
+    def initial(rng: Any, wanted: Sequence[bool]) -> list[Any]:
+        """Runs what makes the wanted leaves in the trace of `init`, never the forward pass."""
+        rng = rng.get("params", next(iter(rng.values()))) if isinstance(rng, dict) else rng
+        traced = closed if rng.dtype == key.dtype else jax.make_jaxpr(init)(rng, arguments.abstract)
+        program = jaxprs.flatten(traced)
+        _, tree = jax.tree.flatten(shapes)
+        order = separate(jax.tree.unflatten(tree, program.outputs))
+        chosen = [v for v, w in zip(jax.tree.leaves(order), wanted, strict=True) if w]
+        drawn = iter(jaxprs.evaluate(program.returning(chosen), [rng, *arguments.arrays]) if chosen else ())
+        return [next(drawn) if w else None for w in wanted]
 
     def combine(params: Any, state: Any) -> Any:
         variables = {**state}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
-from fixup_init.frameworks.application import Application, abstract, split_arguments
+from fixup_init.frameworks.application import Application, abstract, split_arguments, wanted_leaves
 
 __all__ = ["adapt"]
 
@@ -20,14 +21,10 @@ def adapt(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         inner_args, inner_kwargs = arguments.restore(arrays)
         return nnx.merge(graphdef, params, noise, state)(*inner_args, **inner_kwargs)  # pyright: ignore
 
-    def initial(key: Any) -> tuple[Any, Any]:
+    def initial(key: Any, wanted: Sequence[bool]) -> list[Any]:
         del key  # a module draws its parameters when it is made
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((params, state))):
-            raise ValueError(
-                f"{type(model).__name__} is abstract (made under nnx.eval_shape), so its own initial values are not "
-                "known. Make the module itself, or use a scheme that sets every leaf."
-            )
-        return params, state
+        remedy = f"{type(model).__name__} was made under nnx.eval_shape. Make the module itself"
+        return wanted_leaves((params, state), wanted, remedy)
 
     def combine(new_params: Any, new_state: Any) -> Any:
         nnx.update(model, new_params, new_state)

@@ -1,0 +1,255 @@
+"""How a signal drifts with depth, as data: rows of statistics, and what they say in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+__all__ = ["Comparison", "Drift", "Propagation", "Row", "Statistics"]
+
+RowKind = Literal["input", "weight", "nonlinearity", "norm", "branch", "sum", "output"]
+Direction = Literal["forward", "backward"]
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Of one array.
+
+    Attributes:
+      mean: over all entries.
+      variance: over all entries, around that mean.
+      squared_channel_mean: mean over channels of the squared mean of a channel.
+      finite: fraction of finite entries; the other figures are NaN where it is below 1.
+    """
+
+    mean: float
+    variance: float
+    squared_channel_mean: float
+    finite: float = 1.0
+
+    @property
+    def second_moment(self) -> float:
+        return self.variance + self.mean**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tapped value.
+
+    Attributes:
+      kind: "input", "weight" (a layer's output), "nonlinearity", "norm", "branch" (its end, before the sum), "sum" (after
+        it) or "output".
+      name: parameter path of a weight layer, function name of a nonlinearity, scale of a norm, "branch 3", "sum 3".
+      scope: where in the model, by module name; '' where the framework gives none.
+      block: residual sums passed before this value; the stem is 0.
+      shape: of the value.
+      dtype: of the value.
+      repeat: which pass through a scan body, from 0; None outside of scans.
+      forward: statistics of the activation.
+      backward: statistics of its cotangent; None where none was measured.
+    """
+
+    kind: RowKind
+    name: str
+    scope: str
+    block: int
+    shape: tuple[int, ...]
+    dtype: str
+    repeat: int | None
+    forward: Statistics
+    backward: Statistics | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """The trend of the stream's second moment in one direction.
+
+    Attributes:
+      direction: "forward" (from stem to head) or "backward" (from head to stem).
+      blocks: residual sums between `first` and `last`.
+      first: second moment where the signal starts.
+      last: where it ends.
+      factor: (last / first)^(1/blocks), the growth a block; None where it is not defined.
+      verdict: "flat" (within a factor of 4 over all), "bounded" (within 100), "grows", "vanishes", "overflows" or "zero".
+      where: name of the row in which it overflows or becomes zero, if it does.
+    """
+
+    direction: Direction
+    blocks: int
+    first: float
+    last: float
+    factor: float | None
+    verdict: Literal["flat", "bounded", "grows", "vanishes", "overflows", "zero"]
+    where: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Propagation:
+    """Measured drift of one model; `str` is a table and a summary.
+
+    Attributes:
+      label: what was measured, for legends: "batch norm", "fixup".
+      model: name of the model.
+      num_branches: L.
+      rows: in trace order.
+      probe: where the backward pass starts: "output", or "input of the head".
+    """
+
+    label: str
+    model: str
+    num_branches: int
+    rows: tuple[Row, ...]
+    probe: str = "output"
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, *kinds: RowKind) -> tuple[Row, ...]:
+        """Rows of these kinds, in order."""
+        return tuple(r for r in self.rows if r.kind in kinds)
+
+    @property
+    def stream(self) -> tuple[Row, ...]:
+        """The rows that drift with depth is read from: residual sums, or every weight layer where there are none."""
+        sums = self.select("sum")
+        return sums if sums else self.select("weight")
+
+    def drift(self, direction: Direction = "forward") -> Drift:
+        """The trend of the stream."""
+        rows = self.stream if direction == "forward" else self.stream[::-1]
+        measured = [(r.name, s) for r in rows if (s := r.forward if direction == "forward" else r.backward) is not None]
+        if not measured:
+            return Drift(direction, 0, math.nan, math.nan, None, "zero")
+        first, last = measured[0][1].second_moment, measured[-1][1].second_moment
+        blocks = len(measured) - 1
+        for name, s in measured:
+            if s.finite < 1 or not math.isfinite(s.second_moment):
+                return Drift(direction, blocks, first, last, None, "overflows", name)
+            if s.second_moment == 0:
+                return Drift(direction, blocks, first, last, None, "zero", name)
+        ratio = last / first
+        factor = ratio ** (1 / blocks) if blocks else 1.0
+        moments = [s.second_moment for _, s in measured]
+        spread = max(moments) / min(moments)
+        if spread <= 4:
+            verdict = "flat"
+        elif spread <= 100:
+            verdict = "bounded"
+        else:
+            verdict = "grows" if ratio > 1 else "vanishes"
+        return Drift(direction, blocks, first, last, factor, verdict)
+
+    def summary(self) -> str:
+        """What the rows say, in words."""
+        return " ".join(_sentence(self, self.drift(d)) for d in ("forward", "backward"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with a schema version; non-finite numbers are None."""
+        return {"version": _VERSION, **_plain(dataclasses.asdict(self)), "summary": self.summary()}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Propagation:
+        """The propagation in plain data.
+
+        Raises:
+          ValueError: it is none, or of another schema version.
+        """
+        try:
+            data = dict(data)
+            if (version := data.pop("version")) != _VERSION:
+                raise ValueError(f"version {version!r}; this library reads version {_VERSION}")
+            data.pop("summary", None)
+            rows = tuple(
+                Row(**{**r, "shape": tuple(r["shape"]), "forward": _statistics(r["forward"]),
+                       "backward": _statistics(r["backward"])})
+                for r in data.pop("rows")
+            )  # fmt: skip
+            return Propagation(**data, rows=rows)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"This is no Propagation: {error}. Write one with Propagation.to_dict().") from error
+
+    def __str__(self) -> str:
+        from fixup_init.report.text import propagation_table
+
+        return propagation_table(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Several propagations side by side."""
+
+    propagations: tuple[Propagation, ...]
+
+    def __iter__(self) -> Iterator[Propagation]:
+        return iter(self.propagations)
+
+    def __len__(self) -> int:
+        return len(self.propagations)
+
+    def __getitem__(self, label: str) -> Propagation:
+        for one in self.propagations:
+            if one.label == label:
+                return one
+        raise KeyError(f"{label!r} was not compared; labels: {', '.join(repr(q.label) for q in self.propagations)}.")
+
+    def summary(self) -> str:
+        """A paragraph for each."""
+        return "\n".join(f"{one.label}: {one.summary()}" for one in self.propagations)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"version": _VERSION, "propagations": [one.to_dict() for one in self.propagations]}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def __str__(self) -> str:
+        from fixup_init.report.text import comparison_table
+
+        return comparison_table(self)
+
+
+def _sentence(propagation: Propagation, drift: Drift) -> str:
+    what = "The signal" if drift.direction == "forward" else "The gradient signal"
+    unit = "block" if propagation.select("sum") else "layer"
+    if drift.first != drift.first and drift.verdict == "zero":
+        return f"{what} was not measured."
+    span = f"{drift.blocks} {unit}{'s' * (drift.blocks != 1)}"
+    ends = f"second moment {drift.first:.3g} to {drift.last:.3g} over {span}"
+    way = "" if drift.direction == "forward" else ", head to stem"
+    match drift.verdict:
+        case "flat":
+            return f"{what} is flat: {ends}{way}."
+        case "bounded":
+            return f"{what} stays bounded: {ends}{way}."
+        case "grows":
+            return f"{what} grows by a factor of {drift.factor:.2f} a {unit}: {ends}{way}."
+        case "vanishes":
+            return f"{what} shrinks by a factor of {1 / (drift.factor or math.nan):.2f} a {unit}: {ends}{way}."
+        case "overflows":
+            return f"{what} overflows at {drift.where}: it holds values that are not finite in its dtype."
+        case _:
+            return f"{what} is exactly zero from {drift.where} on."
+
+
+def _statistics(data: dict[str, Any] | None) -> Statistics | None:
+    if data is None:
+        return None
+    return Statistics(**{k: math.nan if v is None else v for k, v in data.items()})
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, (tuple, list)):
+        return [_plain(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
