@@ -56,8 +56,8 @@ def init(
 ) -> Any:
     """Initializes a model by a scheme: a drop-in for `model.init(key, *args, **kwargs)`.
 
-    The model is traced, never run. Each leaf has a key of its own, derived from its path, so that adding a layer changes
-    no other layer.
+    The model is traced, never run. Each leaf has a key of its own, derived from its path, so that adding a layer
+    changes no other layer.
 
     Args:
       model: a Flax Linen module, a Flax NNX module or `fi.Function(apply, params)`.
@@ -84,11 +84,11 @@ def init(
     """
     traced = trace(model, args, kwargs, normalization)
     planned = scheme if isinstance(scheme, Plan) else schemes.find(scheme).plan(of_trace(traced))
-    return draw(traced, planned, _key(key))
+    return traced.application.combine(*draw(traced, planned, _key(key)))
 
 
-def draw(traced: Traced, planned: Plan, key: Any) -> Any:
-    """The variables of a traced model, drawn from a plan."""
+def draw(traced: Traced, planned: Plan, key: Any) -> tuple[Any, Any]:
+    """(params, state) of a traced model, drawn from a plan."""
     application = traced.application
     leaves = traced.graph.leaves.values()
     paths = [leaf.path for leaf in leaves if leaf.kind == "param"]
@@ -103,8 +103,9 @@ def draw(traced: Traced, planned: Plan, key: Any) -> Any:
     for path, shape in shapes.items():
         if (entries[path].shape, entries[path].dtype) != shape:
             raise ValueError(
-                f"The plan does not fit {application.name}: `{path}` is {entries[path].dtype}{list(entries[path].shape)} "
-                f"in the plan and {shape[1]}{list(shape[0])} in the model. Make the plan with fi.plan on these inputs."
+                f"The plan does not fit {application.name}: `{path}` is {entries[path].dtype}"
+                f"{list(entries[path].shape)} in the plan and {shape[1]}{list(shape[0])} in the model. Make the plan "
+                "with fi.plan on these inputs."
             )
     single = key.get("params", next(iter(key.values()))) if isinstance(key, Mapping) else key
     drawn = sample([entries[path] for path in paths], single)
@@ -114,7 +115,7 @@ def draw(traced: Traced, planned: Plan, key: Any) -> Any:
     flat = [drawn[path] if path in drawn else own[k] for k, path in enumerate(paths)]
     params = jax.tree.unflatten(jax.tree.structure(application.params), flat)
     state = jax.tree.unflatten(jax.tree.structure(application.state), own[len(paths) :])
-    return application.combine(params, state)
+    return params, state
 
 
 def _key(key: Any) -> Any:

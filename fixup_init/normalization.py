@@ -245,7 +245,7 @@ def _affine(graph: Graph, node: int, source: int) -> tuple[int, list[int], tuple
 
 
 def _restored(graph: Graph, node: int, source: int, tail: list[int]) -> int:
-    """The node behind `node` that has the shape and dtype of what was normalized, where casts and reshapes lead there."""
+    """The node behind `node` with the shape and dtype of what was normalized, where casts and reshapes lead there."""
     program = graph.program
     wanted = program.shape(source), program.dtype(source)
     end, passed = node, []

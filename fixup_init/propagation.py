@@ -41,8 +41,8 @@ class Row:
     """One tapped value.
 
     Attributes:
-      kind: "input", "weight" (a layer's output), "nonlinearity", "norm", "branch" (its end, before the sum), "sum" (after
-        it) or "output".
+      kind: "input", "weight" (a layer's output), "nonlinearity", "norm", "branch" (its end, before the sum), "sum"
+        (after it) or "output".
       name: parameter path of a weight layer, function name of a nonlinearity, scale of a norm, "branch 3", "sum 3".
       scope: where in the model, by module name; '' where the framework gives none.
       block: residual sums passed before this value; the stem is 0.
@@ -74,7 +74,8 @@ class Drift:
       first: second moment where the signal starts.
       last: where it ends.
       factor: (last / first)^(1/blocks), the growth a block; None where it is not defined.
-      verdict: "flat" (within a factor of 4 over all), "bounded" (within 100), "grows", "vanishes", "overflows" or "zero".
+      verdict: "flat" (within a factor of 4 over all), "bounded" (within 100), "grows", "vanishes", "overflows" or
+        "zero".
       where: name of the row in which it overflows or becomes zero, if it does.
     """
 

@@ -11,7 +11,7 @@ from fixup_init import frameworks, graph, jaxprs, normalization, residual
 from fixup_init.frameworks import Application, ModelError
 from fixup_init.frameworks.application import path_of
 
-__all__ = ["Traced", "trace"]
+__all__ = ["NORMALIZATION", "Traced", "check_normalization", "trace", "without_normalization"]
 
 NORMALIZATION = ("kept", "removed")
 
@@ -25,7 +25,6 @@ class Traced:
     norms: tuple[normalization.Norm, ...]
     residuals: tuple[residual.Residual, ...]
     undecided: tuple[residual.Undecided, ...]
-    result: Any  # tree of the result
 
 
 def trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], normalization_: str = "kept") -> Traced:
@@ -40,8 +39,7 @@ def trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], normalizati
     Raises:
       ModelError: the model fails on these inputs, or returns no array.
     """
-    if normalization_ not in NORMALIZATION:
-        raise ValueError(f"normalization={normalization_!r}: expected one of {', '.join(map(repr, NORMALIZATION))}.")
+    check_normalization(normalization_)
     application = frameworks.adapt(model, args, kwargs)
     if not application.inputs.arrays:
         raise ModelError(
@@ -49,17 +47,12 @@ def trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], normalizati
             "arguments that the model takes, as arrays or as jax.ShapeDtypeStruct(shape, dtype)."
         )
 
-    def run(params: Any, state: Any, noise: Any, arrays: Any) -> Any:
-        result = application.apply(params, state, noise, arrays)
-        return [leaf for leaf in jax.tree.leaves(result) if isinstance(leaf, jax.Array)], result
-
     arguments = (application.params, application.state, application.noise, application.inputs.abstract)
     results: list[Any] = []
 
     def arrays_of(*a: Any) -> Any:
-        arrays, result = run(*a)
-        results.append(jax.tree.map(lambda leaf: jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf, result))
-        return arrays
+        results.append(application.apply(*a))
+        return [leaf for leaf in jax.tree.leaves(results[0]) if isinstance(leaf, jax.Array)]
 
     try:
         program, shapes = jaxprs.trace(arrays_of, *arguments)
@@ -69,7 +62,7 @@ def trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], normalizati
         raise ModelError(frameworks._failed(application.name, "traced", args, kwargs, error)) from error
     if not shapes:
         raise ModelError(
-            f"{application.name} returned {results[0]!r}, which holds no array. The structure is that of what leads "
+            f"{application.name} returned {_shown(results[0])}, which holds no array. The structure is that of what leads "
             "to an output: let the model return an array or a tree of arrays (method= picks another method)."
         )
     leaves = [
@@ -81,18 +74,31 @@ def trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], normalizati
         graph.Leaf(name, tuple(a.shape), a.dtype, "noise" if _is_key(a) else "input")
         for name, a in zip(application.inputs.names, application.inputs.abstract, strict=True)
     ]
-    traced = _understood(application, program, leaves, results[0])
-    if normalization_ == "removed":
-        program = normalization.remove(traced.graph, traced.norms)
-        traced = _understood(application, program, leaves, results[0])
-    return traced
+    traced = _understood(application, program, leaves)
+    return traced if normalization_ == "kept" else without_normalization(traced)
 
 
-def _understood(application: Application, program: jaxprs.Program, leaves: list[graph.Leaf], result: Any) -> Traced:
+def check_normalization(value: str) -> None:
+    if value not in NORMALIZATION:
+        raise ValueError(f"normalization={value!r}: expected one of {', '.join(map(repr, NORMALIZATION))}.")
+
+
+def without_normalization(traced: Traced) -> Traced:
+    """The same trace with every normalization bypassed."""
+    leaves = [traced.graph.leaves[v] for v in traced.graph.program.inputs]
+    return _understood(traced.application, normalization.remove(traced.graph, traced.norms), leaves)
+
+
+def _understood(application: Application, program: jaxprs.Program, leaves: list[graph.Leaf]) -> Traced:
     found = graph.build(program, leaves)
     norms = normalization.find(found)
     residuals, undecided = residual.find(found, norms)
-    return Traced(application, found, norms, residuals, undecided, result)
+    return Traced(application, found, norms, residuals, undecided)
+
+
+def _shown(result: Any) -> str:
+    text = repr(result)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _is_key(x: Any) -> bool:

@@ -142,8 +142,8 @@ class Fixup:
             ]  # fmt: skip
             if closing:
                 reason = (
-                    f"{where}: zero here and not in `{branch.last[-1]}`, which a normalization follows; this is the last "
-                    "parameter that multiplies the branch"
+                    f"{where}: zero here and not in `{branch.last[-1]}`, which a normalization follows; this is the "
+                    "last parameter that multiplies the branch"
                 )
                 entries.append(constant(parameters[closing[-1]], 0.0, reason))
             else:

@@ -1,0 +1,123 @@
+"""Graph -> Taps: which values to measure, what they are called, and in which order they are reported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax.numpy as jnp
+
+from fixup_init import elementwise
+from fixup_init.graph import Graph
+from fixup_init.jaxprs import Loop, p
+from fixup_init.propagation import RowKind
+from fixup_init.tracing import Traced
+
+__all__ = ["Tap", "channels", "place", "unrolled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """A value to measure, and the row that it becomes."""
+
+    value: int
+    kind: RowKind
+    name: str
+    scope: str
+    loops: tuple[Loop, ...]  # scans around it, outermost first
+
+
+def place(traced: Traced) -> tuple[Tap, ...]:
+    """Taps on inputs, weight layers, nonlinearities, normalizations, branch ends, sums and outputs, in trace order."""
+    graph = traced.graph
+    inside = frozenset().union(*(n.region for n in traced.norms))
+    found: list[tuple[int, int, Tap]] = []
+
+    def add(rank: int, value: int, kind: RowKind, name: str) -> None:
+        if not jnp.issubdtype(graph.program.dtype(value), jnp.inexact) or not graph.program.shape(value):
+            return
+        node = graph.node_of[value]
+        found.append((node, rank, Tap(value, kind, name, graph.scope(node), _loops(graph, node))))
+
+    for v in graph.inputs:
+        add(0, v, "input", graph.leaves[v].path)
+    for node, layer in graph.layers.items():
+        add(1, graph.value(_with_bias(graph, node)), "weight", layer.path)
+    for norm in traced.norms:
+        name = next((graph.leaves[v].path for v in norm.scale), "normalization")
+        add(2, norm.end, "norm", name)
+    for nonlinearity in elementwise.find(graph, inside):
+        add(3, graph.value(nonlinearity.node), "nonlinearity", nonlinearity.name)
+    branch = 0
+    for k, residual in enumerate(traced.residuals):
+        for b in residual.branches:
+            branch += 1
+            add(4, b.end, "branch", f"branch {branch}")
+        add(5, residual.sum, "sum", f"sum {k + 1}")
+    for v in dict.fromkeys(graph.program.outputs):
+        if graph.is_activation(v):
+            add(6, v, "output", "output")
+    return tuple(tap for _, _, tap in sorted(found, key=lambda f: f[:2]))
+
+
+def unrolled(taps: Sequence[Tap]) -> Iterator[tuple[Tap, tuple[int, ...]]]:
+    """Taps in the order in which the network runs: those of a scan body once for each pass, with its numbers."""
+    yield from _unroll(taps, 0)
+
+
+def _unroll(taps: Sequence[Tap], level: int) -> Iterator[tuple[Tap, tuple[int, ...]]]:
+    i = 0
+    while i < len(taps):
+        if len(taps[i].loops) <= level:
+            yield taps[i], ()
+            i += 1
+            continue
+        loop = taps[i].loops[level]
+        j = i
+        while j < len(taps) and len(taps[j].loops) > level and taps[j].loops[level] is loop:
+            j += 1
+        body = list(_unroll(taps[i:j], level + 1))
+        for k in range(loop.length):
+            yield from ((tap, (k, *at)) for tap, at in body)
+        i = j
+
+
+def channels(graph: Graph, values: Sequence[int]) -> dict[int, int]:
+    """The channel axis of each value: that of the weight layer before it, as long as the rank stays; else the last."""
+    axes: dict[int, int] = {}
+    for value in values:
+        rank = len(graph.program.shape(value))
+        node = graph.node_of[value]
+        axis = rank - 1
+        for _ in range(64):
+            if len(graph.shape(node)) != rank:
+                break
+            if node in graph.layers:
+                axis = graph.layers[node].channel
+                break
+            op = graph.op(node)
+            if op is None or op.primitive is p.transpose_p or not graph.parents[node]:
+                break
+            node = graph.parents[node][0]
+        axes[value] = axis
+    return axes
+
+
+def _loops(graph: Graph, node: int) -> tuple[Loop, ...]:
+    op = graph.op(node)
+    loop = op.loop if op is not None else None
+    loops: list[Loop] = []
+    while loop is not None:
+        loops.append(loop)
+        loop = loop.parent
+    return tuple(reversed(loops))
+
+
+def _with_bias(graph: Graph, node: int) -> int:
+    """The node behind a layer that adds its bias, if one does."""
+    if len(graph.users[node]) == 1:
+        user = graph.users[node][0]
+        op = graph.op(user)
+        if op is not None and op.primitive is p.add_p and any(graph.is_parameter(v) for v in op.inputs):
+            return user
+    return node
