@@ -14,6 +14,7 @@ from fixup_init.frameworks import ModelError as ModelError
 from fixup_init.initialize import init as init
 from fixup_init.initialize import plan as plan
 from fixup_init.jaxprs import UnknownPrimitiveError as UnknownPrimitiveError
+from fixup_init.optim import optimizer as optimizer
 from fixup_init.plan import Entry as Entry
 from fixup_init.plan import Plan as Plan
 from fixup_init.propagation import Comparison as Comparison

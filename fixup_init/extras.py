@@ -1,4 +1,4 @@
-"""Packages that only a part of the library needs: imported where they are used, with an error that says how to get them."""
+"""Packages that only parts of the library need: imported where they are used, or an error says how to get them."""
 
 from __future__ import annotations
 

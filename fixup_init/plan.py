@@ -31,6 +31,7 @@ class Entry:
       std: standard deviation of one entry; 0 for a constant, None where the model's own initializer decides.
       value: of a constant.
       reason: why, in words.
+      rate: what the learning rate is multiplied by for this parameter (`fi.optimizer` applies it).
     """
 
     path: str
@@ -41,6 +42,7 @@ class Entry:
     std: float | None
     value: float | None = None
     reason: str = ""
+    rate: float = 1.0
 
     def __post_init__(self) -> None:
         if self.distribution not in _DISTRIBUTIONS:
@@ -92,7 +94,8 @@ class Plan:
 
         Args:
           path: of the parameter.
-          **changes: fields of `Entry`: `distribution`, `std`, `value`, `reason`. `value=0.0` alone makes it a constant.
+          **changes: fields of `Entry`: `distribution`, `std`, `value`, `reason`, `rate`. `value=0.0` alone makes it a
+            constant.
 
         Example:
           >>> import jax, jax.numpy as jnp, fixup_init as fi

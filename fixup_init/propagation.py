@@ -74,8 +74,8 @@ class Drift:
       first: second moment where the signal starts.
       last: where it ends.
       factor: (last / first)^(1/blocks), the growth a block; None where it is not defined.
-      verdict: "flat" (within a factor of 4 over all), "bounded" (within 100), "grows", "vanishes", "overflows" or
-        "zero".
+      verdict: "flat" (all within a factor of 4), "bounded" (the end within 4 of the start, or within 100 and less than
+        1.25 a block), "grows", "vanishes", "overflows" or "zero".
       where: name of the row in which it overflows or becomes zero, if it does.
     """
 
@@ -141,7 +141,7 @@ class Propagation:
         spread = max(moments) / min(moments)
         if spread <= 4:
             verdict = "flat"
-        elif spread <= 100:
+        elif max(ratio, 1 / ratio) <= 4 or (max(ratio, 1 / ratio) <= 100 and 1 / 1.25 < factor < 1.25):
             verdict = "bounded"
         else:
             verdict = "grows" if ratio > 1 else "vanishes"

@@ -9,6 +9,8 @@ of additions used once are one n-ary sum. Terms without a common split, and term
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from fixup_init.graph import Graph, Split, latest_common_ancestor
@@ -37,7 +39,8 @@ class Branch:
 
     `order` is that of its end in all its kernels, normalizations included; `free_order` disregards normalizations.
     `value` are the layers whose shrinking shrinks the branch once normalizations are disregarded, the others sit on a
-    control path; `last` are those of them with no other behind. `closing` are parameters of order >= 1 nearest the end.
+    control path; `last` are those of them with no other behind. `closing` are the parameters nearest the end, kernels
+    apart, that multiply the branch: a normalization's scale, a multiplier.
     """
 
     end: int  # value: the term as it enters the sum
@@ -48,7 +51,8 @@ class Branch:
     free_order: float
     value: tuple[int, ...]
     last: tuple[int, ...]
-    leaf_orders: dict[int, float]  # order of the end in each parameter alone
+    shares: dict[int, float]  # of `order`, by kernel leaf; 0 where a normalization or a control path lies behind
+    closing: tuple[int, ...]  # leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,19 +235,46 @@ def _branch(graph: Graph, term: _Term, transparent: dict[int, int]) -> Branch:
     nodes = (*term.nodes, *term.aside)
     layers = tuple(sorted(n for n in nodes if n in graph.layers))
     ops = _ops(graph, term)
-    kernels = dict.fromkeys((o for n in layers for o in graph.layers[n].leaves[:1]), 1.0)
+    kernel = {n: graph.layers[n].leaves[0] for n in layers}
 
-    def order(seeds: dict[int, float], through: dict[int, int] | None) -> float:
-        return orders(graph, ops, seeds, through).get(term.value, 0.0)
+    def order(leaves: Iterable[int], through: dict[int, int] | None = None) -> float:
+        return orders(graph, ops, dict.fromkeys(leaves, 1.0), through).get(term.value, 0.0)
 
-    value = tuple(n for n in layers if order(dict.fromkeys(graph.layers[n].leaves[:1], 1.0), transparent) >= 1)
-    used = [graph.program.ops[k] for k in ops]
-    leaves = dict.fromkeys(v for op in used for v in op.inputs if v in graph.leaves and graph.leaves[v].kind == "param")
+    def shares(leaves: set[int], through: dict[int, int] | None = None) -> tuple[float, dict[int, float]]:
+        """The order in all leaves, and how much of it each is: two kernels in parallel have one order between them."""
+        whole = order(leaves, through)
+        if not math.isfinite(whole):
+            return whole, dict.fromkeys(leaves, 0.0)
+        return whole, {leaf: whole - order(leaves - {leaf}, through) for leaf in leaves}
+
+    kernels = set(kernel.values())
+    found, share = shares(kernels)
+    free, free_share = shares(kernels, transparent)
+    value = tuple(n for n in layers if free_share[kernel[n]] >= 1)
     depth, last = _chain(graph, sorted(nodes), layers, value)
-    return Branch(
-        term.value, frozenset(nodes), layers, depth, order(kernels, None), order(kernels, transparent), value, last,
-        {leaf: order({leaf: 1.0}, None) for leaf in leaves},
+    others = dict.fromkeys(
+        v for k in ops for v in graph.program.ops[k].inputs
+        if v in graph.leaves and graph.leaves[v].kind == "param" and v not in kernels
     )  # fmt: skip
+    return Branch(
+        term.value, frozenset(nodes), layers, depth, found, free, value, last, share, _closing(tuple(others), order)
+    )
+
+
+def _closing(leaves: tuple[int, ...], order: Callable[[Iterable[int]], float]) -> tuple[int, ...]:
+    """The latest parameters, kernels apart, that bring a branch to zero together; () where none do."""
+    chosen: list[int] = []
+    for leaf in reversed(leaves):
+        chosen.append(leaf)
+        if order(chosen) >= 1:
+            break
+    else:
+        return ()
+    for leaf in tuple(chosen):
+        rest = [v for v in chosen if v != leaf]
+        if rest and order(rest) >= 1:
+            chosen = rest
+    return tuple(reversed(chosen))
 
 
 def _chain(

@@ -63,8 +63,9 @@ class Branch:
       repeats: how many branches of the network this one stands for (a scan body stands for its length).
       roles: for each weight, "value" (shrinking it shrinks the branch, normalizations disregarded) or "control".
       last: the value layers with no other behind them.
-      scaling: order of the branch in each of its multiplicative parameters alone, normalizations included.
-      norm_scales: scales of its normalizations, in trace order.
+      shares: for each weight, how much of `order` it is: 0 on a control path, and where a normalization follows.
+      closing: parameters nearest the end, kernels apart, that multiply the branch: a norm's scale, a multiplier.
+      norms: how many normalizations it holds.
       scope: where the sum is, by name; '' where the framework gives no names.
     """
 
@@ -77,8 +78,9 @@ class Branch:
     repeats: int
     roles: dict[str, Literal["value", "control"]]
     last: tuple[str, ...]
-    scaling: dict[str, float]
-    norm_scales: tuple[str, ...]
+    shares: dict[str, float]
+    closing: tuple[str, ...]
+    norms: int
     scope: str = ""
 
 
@@ -172,7 +174,7 @@ def structure(model: Any, *args: Any, normalization: str = "kept", **kwargs: Any
       >>> from fixup_init.models.resnet import cifar_resnet
       >>> s = fi.structure(cifar_resnet(20, norm="none"), jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32))
       >>> s.num_branches, s.branches[0].depth, s.branches[0].order
-      (9, 2, 2)
+      (9, 2, 2.0)
     """
     return of_trace(trace(model, args, kwargs, normalization))
 
@@ -187,9 +189,12 @@ def of_trace(traced: Traced) -> Structure:
     in_branches = {n for r in traced.residuals for b in r.branches for n in b.layers}
     in_branches |= {n for r in traced.residuals for n in r.skip_layers}
     heads, open_heads = _heads(traced, in_branches)
-    first_split = min((r.split for r in traced.residuals), default=None)
     stems = [n for n in sorted(layers) if n not in in_branches and n not in heads]
-    stems = [n for n in stems if n <= first_split] if first_split is not None else stems[:1]
+    if traced.residuals:
+        before = _ancestors(graph, min(r.split for r in traced.residuals))
+        stems = [n for n in stems if n in before]
+    else:
+        stems = stems[:1]
     undecided = [
         Undecided(
             "sum", _scope(graph, graph.node_of[u.sum]), tuple(tuple(layers[n].path for n in t) for t in u.terms), u.why
@@ -229,25 +234,21 @@ def _branch(traced: Traced, layers: dict[int, LayerInfo], residual: Residual, br
         return tuple(dict.fromkeys(layers[n].path for n in nodes))
 
     sum_node = graph.node_of[residual.sum]
-    inside = [n for n in traced.norms if graph.node_of[n.core] in branch.nodes]
     return Branch(
         weights=tuple(layers[n].path for n in branch.layers),
         depth=branch.depth,
-        order=_whole(branch.order),
-        order_without_norms=_whole(branch.free_order),
+        order=branch.order,
+        order_without_norms=branch.free_order,
         skip=residual.skip,
         skip_weights=paths(residual.skip_layers),
         repeats=_repeats(graph, sum_node),
         roles={layers[n].path: "value" if n in branch.value else "control" for n in branch.layers},
         last=paths(branch.last),
-        scaling={leaves[v].path: _whole(order) for v, order in branch.leaf_orders.items()},
-        norm_scales=tuple(dict.fromkeys(leaves[v].path for n in inside for v in n.scale)),
+        shares={leaves[v].path: order for v, order in branch.shares.items()},
+        closing=tuple(leaves[v].path for v in branch.closing),
+        norms=sum(graph.node_of[n.core] in branch.nodes for n in traced.norms),
         scope=_scope(graph, sum_node),
     )
-
-
-def _whole(order: float) -> float:
-    return int(order) if math.isfinite(order) and order == int(order) else order
 
 
 def _norm_info(traced: Traced, norm: Any) -> NormInfo:
@@ -297,6 +298,16 @@ def _carried(graph: Graph, loop: Loop) -> frozenset[int]:
                 below.add(n)
         cache[loop] = frozenset(below & back)
     return cache[loop]
+
+
+def _ancestors(graph: Graph, node: int) -> set[int]:
+    seen, todo = {node}, [node]
+    while todo:
+        for a in graph.parents[todo.pop()]:
+            if a not in seen:
+                seen.add(a)
+                todo.append(a)
+    return seen
 
 
 def _heads(traced: Traced, in_branches: set[int]) -> tuple[list[int], list[tuple[int, list[int]]]]:

@@ -62,8 +62,8 @@ def trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], normalizati
         raise ModelError(frameworks._failed(application.name, "traced", args, kwargs, error)) from error
     if not shapes:
         raise ModelError(
-            f"{application.name} returned {_shown(results[0])}, which holds no array. The structure is that of what leads "
-            "to an output: let the model return an array or a tree of arrays (method= picks another method)."
+            f"{application.name} returned {_shown(results[0])}, which holds no array. The structure is that of what "
+            "leads to an output: let the model return an array or a tree of arrays (method= picks another method)."
         )
     leaves = [
         graph.Leaf(path_of(path), tuple(leaf.shape), leaf.dtype, kind)

@@ -3,7 +3,7 @@
 1. The last layer of each residual branch, and the head, start at zero.
 2. Every other layer starts as usual (He, fan_out); inside a branch its standard deviation is multiplied by
    L^(-1/(2m-2)), L the number of branches and m the number of layers in one.
-3. Biases start at 0, multipliers at 1.
+3. Biases start at 0, multipliers at 1; both learn at a tenth of the rate (Sec. 4 and the authors' code).
 
 m is the order of the branch (`fixup_init.orders`), so that a gated MLP counts three factors and attention two. Where a
 normalization follows a kernel, scaling it does nothing, and zeroing it would put a zero-variance tensor into the
@@ -50,12 +50,14 @@ class Fixup:
       head: "auto" zeroes the layers that outputs come from; a path names the head; None leaves it as any other layer.
       tied: what to do with a kernel that different branches claim in different ways: "error" or "first".
       undecided: what to do with sums that the graph leaves open: "error" or "ignore".
+      scalar_rate: what the learning rate of biases and multipliers is multiplied by.
     """
 
     base: Variance = dataclasses.field(default_factory=lambda: he("fan_out"))
     head: str | None = "auto"
     tied: str = "error"
     undecided: str = "error"
+    scalar_rate: float = 0.1
 
     @property
     def name(self) -> str:
@@ -67,6 +69,7 @@ class Fixup:
         self._refuse_undecided(structure)
         L = structure.num_branches
         claims: dict[str, Entry] = {}
+        asides: dict[str, Entry] = {}  # kernels in branches that the rule does not touch
         notes: list[str] = []
 
         def claim(entry: Entry) -> None:
@@ -83,6 +86,8 @@ class Fixup:
         for branch in structure.branches:
             last_number = number + branch.repeats
             where = f"branch {number + 1}" + (f"-{last_number}" if branch.repeats > 1 else "") + f" of {L}"
+            for entry in self._asides(branch, where, parameters):
+                asides.setdefault(entry.path, entry)
             for entry in self._branch(branch, where, L, parameters, notes):
                 claim(entry)
             number = last_number
@@ -97,36 +102,44 @@ class Fixup:
         for q in structure.parameters:
             if q.path in claims:
                 entries.append(claims[q.path])
+            elif q.path in asides:
+                entries.append(asides[q.path])
             elif q.role == "kernel":
                 place = "projection shortcut: " if q.path in shortcuts else "outside of branches: "
                 entries.append(self.base.entry(q, prefix=place))
             else:
                 entries.append(rest(q))
+        slow = {"bias", "multiplier"}
+        entries = [dataclasses.replace(e, rate=self.scalar_rate) if e.role in slow else e for e in entries]
         if not heads:
             notes.append("No head was found: outputs come from residual sums. Nothing outside of branches is zero.")
         if not structure.branches:
             notes.append("No residual branch was found, so no kernel is scaled; only the head is zero.")
         return Plan(self.name, L, tuple(entries), tuple(notes))
 
+    def _asides(self, branch: Branch, where: str, parameters: dict[str, Parameter]) -> list[Entry]:
+        """Kernels of a branch whose scale does not reach its end."""
+        entries = []
+        for path in dict.fromkeys(branch.weights):
+            if parameters[path].role == "kernel" and branch.shares[path] < 1:
+                control = branch.roles[path] == "control"
+                why = "on a control path" if control else "a normalization follows, so scaling would do nothing"
+                entries.append(self.base.entry(parameters[path], prefix=f"{where}: ", suffix=f"; {why}"))
+        return entries
+
     def _branch(
         self, branch: Branch, where: str, L: int, parameters: dict[str, Parameter], notes: list[str]
     ) -> list[Entry]:
-        """Entries for the weights of one branch, and for what brings it to zero."""
+        """Entries for the kernels that are factors of one branch, and for what brings it to zero."""
         entries: list[Entry] = []
         m = branch.order
-        layers = list(dict.fromkeys(branch.weights))
-        for k, path in enumerate(layers):
+        factors = [path for path in dict.fromkeys(branch.weights) if branch.roles[path] == "value"]
+        for k, path in enumerate(factors):
             q = parameters[path]
-            place = f"{where}, layer {k + 1} of {len(layers)}: "
-            if q.role != "kernel":  # an embedding is no factor of the stream
-                entries.append(rest(q))
-            elif branch.roles[path] == "control":
-                entries.append(self.base.entry(q, prefix=place, suffix="; on a control path, not scaled"))
-            elif branch.scaling.get(path, 0) < 1:
-                entries.append(
-                    self.base.entry(q, prefix=place, suffix="; a normalization follows, so scaling would do nothing")
-                )
-            elif path in branch.last:
+            place = f"{where}, layer {k + 1} of {len(factors)}: "
+            if q.role != "kernel" or branch.shares[path] < 1:
+                continue
+            if path in branch.last:
                 entries.append(constant(q, 0.0, f"{place}last, zero"))
             elif m < 2:
                 entries.append(self.base.entry(q, prefix=place, suffix=f"; the branch has order {m:g}, no factor"))
@@ -135,21 +148,11 @@ class Fixup:
                 entries.append(self.base.entry(q, factor(L, m), prefix=place, suffix=suffix))
         if not branch.last:
             notes.append(f"{where} ({branch.scope}) has no weight of its own to set to zero.")
-        elif any(branch.scaling.get(path, 0) < 1 for path in branch.last):
-            closing = [
-                path for path, order in branch.scaling.items()
-                if order >= 1 and parameters[path].role in ("norm_scale", "multiplier")
-            ]  # fmt: skip
-            if closing:
-                reason = (
-                    f"{where}: zero here and not in `{branch.last[-1]}`, which a normalization follows; this is the "
-                    "last parameter that multiplies the branch"
-                )
-                entries.append(constant(parameters[closing[-1]], 0.0, reason))
-            else:
-                notes.append(
-                    f"{where} ({branch.scope}) ends in a normalization without a scale, so it cannot start at zero."
-                )
+        elif any(branch.shares[path] < 1 for path in branch.last):
+            reason = f"{where}: zero here and not in `{branch.last[-1]}`, which a normalization follows"
+            entries.extend(constant(parameters[path], 0.0, reason) for path in branch.closing)
+            if not branch.closing:
+                notes.append(f"{where} ({branch.scope}) ends in a normalization without a scale: it cannot start at 0.")
         return entries
 
     def _heads(self, structure: Structure, parameters: dict[str, Parameter]) -> tuple[str, ...]:
