@@ -210,10 +210,14 @@ def _separate(traced: Traced, variables: Any) -> tuple[Any, Any]:
             f"variables={type(variables).__name__} are not those of {application.name}: {error}. Give what "
             "fi.init(model, key, *inputs) or the framework's own init returned."
         ) from error
+    used = {v for op in traced.graph.program.ops for v in op.inputs} | set(traced.graph.program.outputs)
+    needed = {leaf.path for v, leaf in traced.graph.leaves.items() if leaf.kind == "param" or v in used}
+    checked = []
     for what, expected, given in (("parameters", application.params, params), ("state", application.state, state)):
-        want = {k: leaf for k, leaf in _flat(expected).items()}
-        have = _flat(given)
-        if odd := sorted(set(want) ^ set(have)):
+        want, have = _flat(expected), _flat(given)
+        odd = sorted(path for path in want if path in needed and path not in have)
+        odd += sorted(path for path in have if path not in want and what == "parameters")
+        if odd:
             where = "missing from the variables" if odd[0] in want else "in the variables, but not in the model"
             raise ModelError(
                 f"The variables' {what} are not those of {application.name} on inputs "
@@ -221,13 +225,15 @@ def _separate(traced: Traced, variables: Any) -> tuple[Any, Any]:
                 "Make them with fi.init(model, key, *inputs) on the same model."
             )
         for path, leaf in want.items():
-            if tuple(np.shape(have[path])) != tuple(leaf.shape):
+            if path in have and tuple(np.shape(have[path])) != tuple(leaf.shape):
                 raise ModelError(
                     f"`{path}` of the variables has shape {tuple(np.shape(have[path]))}; {application.name} on inputs "
                     f"({frameworks.describe(application.inputs.abstract)}) expects {tuple(leaf.shape)}. Give inputs of "
                     "the shape that the variables were made for, or make them anew with fi.init."
                 )
-    return params, state
+        filled = [have[path] if path in have else jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in want.items()]
+        checked.append(jax.tree.unflatten(jax.tree.structure(expected), filled))
+    return checked[0], checked[1]
 
 
 def _flat(tree: Any) -> dict[str, Any]:

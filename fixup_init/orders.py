@@ -3,7 +3,7 @@
 Multiply chosen values by c and let c go to 0: every other value behaves as c^D, and D, its *order*, is computed with
 exponents alone. Products add orders, sums take the minimum (the slower term stays), a division subtracts, a root
 halves; relu, tanh and every reshaping keep the order; exp and sigmoid tend to a constant, order 0. Zero has order
-infinity, and neither a literal epsilon nor an additive parameter counts.
+infinity (so has a NaN, which only guards), and neither a literal epsilon nor an additive parameter counts.
 
 A chain of m weight layers has order m, so Fixup's rule (Zhang et al. 2019, Sec. 3) generalizes from m to D.
 """
@@ -75,7 +75,7 @@ def _order(graph: Graph, op: Op, known: Mapping[int, float]) -> float:
         if graph.kind[value]:
             return 0.0
         number = graph.literal(value)
-        if number == 0 or (guard and number is not None and abs(number) <= EPSILON):
+        if number == 0 or number != number or (guard and number is not None and abs(number) <= EPSILON):
             return math.inf
         return 0.0
 

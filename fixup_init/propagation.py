@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -73,9 +75,10 @@ class Drift:
       blocks: residual sums between `first` and `last`.
       first: second moment where the signal starts.
       last: where it ends.
-      factor: (last / first)^(1/blocks), the growth a block; None where it is not defined.
-      verdict: "flat" (all within a factor of 4), "bounded" (the end within 4 of the start, or within 100 and less than
-        1.25 a block), "grows", "vanishes", "overflows" or "zero".
+      factor: the growth a block, the median over blocks (a stage that changes the width is one of many); None where it
+        is not defined.
+      verdict: "flat" (all within a factor of 4, or within 16 and unchanged by most blocks), "bounded" (the end within 4
+        of the start, or within 100 and less than 1.25 a block), "grows", "vanishes", "overflows" or "zero".
       where: name of the row in which it overflows or becomes zero, if it does.
     """
 
@@ -135,11 +138,10 @@ class Propagation:
                 return Drift(direction, blocks, first, last, None, "overflows", name)
             if s.second_moment == 0:
                 return Drift(direction, blocks, first, last, None, "zero", name)
-        ratio = last / first
-        factor = ratio ** (1 / blocks) if blocks else 1.0
         moments = [s.second_moment for _, s in measured]
-        spread = max(moments) / min(moments)
-        if spread <= 4:
+        ratio, spread = last / first, max(moments) / min(moments)
+        factor = statistics.median(b / a for a, b in itertools.pairwise(moments)) if blocks else 1.0
+        if spread <= 4 or (spread <= 16 and abs(factor - 1) <= 0.01):
             verdict = "flat"
         elif max(ratio, 1 / ratio) <= 4 or (max(ratio, 1 / ratio) <= 100 and 1 / 1.25 < factor < 1.25):
             verdict = "bounded"

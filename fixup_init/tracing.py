@@ -41,11 +41,6 @@ def trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], normalizati
     """
     check_normalization(normalization_)
     application = frameworks.adapt(model, args, kwargs)
-    if not application.inputs.arrays:
-        raise ModelError(
-            f"{application.name} got no array to trace with, only ({frameworks.describe((args, kwargs))}). Give the "
-            "arguments that the model takes, as arrays or as jax.ShapeDtypeStruct(shape, dtype)."
-        )
 
     arguments = (application.params, application.state, application.noise, application.inputs.abstract)
     results: list[Any] = []

@@ -22,6 +22,7 @@ def adapt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Applicat
       ModelError: it cannot be initialized, even abstractly, on these inputs.
     """
     if isinstance(model, Function):
+        _need_arrays(getattr(model.apply, "__name__", "The function"), args, kwargs)
         return function.adapt(model, args, kwargs)
     import flax.linen
     from flax import nnx
@@ -36,6 +37,7 @@ def adapt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Applicat
             f"model is {model!r} of type {type(model).__name__}; expected a Flax Linen module, a Flax NNX module or "
             f"fixup_init.Function(apply, params).{hint}"
         )
+    _need_arrays(type(model).__name__, args, kwargs)
     try:
         return framework.adapt(model, args, kwargs)
     except UnknownPrimitiveError:
@@ -51,6 +53,14 @@ def describe(tree: Any) -> str:
         return f"{x.dtype}[{','.join(map(str, x.shape))}]" if is_array(x) else repr(x)
 
     return ", ".join(one(x) for x in jax.tree.leaves(tree)) or "no arrays"
+
+
+def _need_arrays(name: str, args: Any, kwargs: Any) -> None:
+    if not any(is_array(x) for x in jax.tree.leaves((args, kwargs))):
+        raise ModelError(
+            f"{name} got no array to trace with, only ({describe((args, kwargs))}). Give the arguments that the model "
+            "takes, as arrays or as jax.ShapeDtypeStruct(shape, dtype)."
+        )
 
 
 def _failed(name: str, what: str, args: Any, kwargs: Any, error: Exception) -> str:

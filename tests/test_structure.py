@@ -1,0 +1,197 @@
+"""Structures against those worked out by hand, and properties that hold for every model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from zoo import IMAGES, VECTORS, ZOO, Case, Plain, Stacked
+
+import fixup_init as fi
+from fixup_init.models.resnet import ResNet, cifar_resnet
+
+
+@pytest.mark.parametrize("case", ZOO, ids=lambda c: c.name)
+def test_structure_is_exact(case: Case) -> None:
+    s = fi.structure(case.make(), *case.inputs)
+    assert s.num_branches == case.L
+    assert tuple((b.depth, b.order, b.skip) for b in s.branches) == case.branches
+    assert len(s.norms) == case.norms
+    assert sum(bool(b.skip_weights) for b in s.branches) == case.projections
+    assert (s.stem, s.head) == (case.stem, case.head)
+    assert not s.undecided
+    json.dumps(s.to_dict(), allow_nan=False)
+    assert s.name in str(s)
+
+
+def shape_of(s: fi.Structure) -> Any:
+    """A structure without its names."""
+    return [(b.depth, b.order, b.skip, b.repeats, len(b.weights)) for b in s.branches], [
+        (layer.kind, layer.fan_in, layer.fan_out) for layer in s.layers
+    ]
+
+
+class Renamed(nn.Module):
+    """The ResNet's blocks under names that say nothing, or the wrong thing."""
+
+    names: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        names = iter(self.names)
+        x = nn.Conv(8, (3, 3), name=next(names))(x)
+        for _ in range(3):
+            y = nn.relu(nn.BatchNorm(use_running_average=False, name=next(names))(x))
+            y = nn.Conv(8, (3, 3), name=next(names))(y)
+            x = x + nn.Conv(8, (1, 1), name=next(names))(nn.relu(y))
+        return nn.Dense(10, name=next(names))(x.mean((1, 2)))
+
+
+def test_names_do_not_matter() -> None:
+    plain = fi.structure(Renamed(tuple(f"module{k}" for k in range(11))), IMAGES)
+    wrong = ("head", "conv", "norm", "skip", "dense", "fc", "shortcut", "proj", "bn", "stem", "branch")
+    misleading = fi.structure(Renamed(wrong), IMAGES)
+    assert plain.num_branches == 3
+    assert shape_of(plain) == shape_of(misleading)
+    assert (plain.stem, plain.head) == ("module0/kernel", "module10/kernel")
+    assert (misleading.stem, misleading.head) == ("head/kernel", "branch/kernel")
+
+
+@pytest.mark.parametrize("norm", ["batch", "none", "fixup"])
+def test_jit_remat_and_scan_change_nothing(norm: str) -> None:
+    def blocks(s: fi.Structure) -> list[Any]:
+        return [(b.depth, b.order, b.skip) for b in s.branches for _ in range(b.repeats)]
+
+    plain = fi.structure(cifar_resnet(20, norm=norm), IMAGES)
+    for changed in ({"remat": True}, {"scan": True}, {"remat": True, "scan": True}):
+        s = fi.structure(cifar_resnet(20, norm=norm, **changed), IMAGES)
+        assert s.num_branches == plain.num_branches == 9
+        assert blocks(s) == blocks(plain)
+    jitted = nn.jit(ResNet)(stage_sizes=(3, 3, 3), norm=norm, shortcut="pad")
+    assert shape_of(fi.structure(jitted, IMAGES)) == shape_of(plain)
+
+
+@pytest.mark.parametrize("depth", [20, 38, 74])
+def test_depth_counts(depth: int) -> None:
+    assert fi.structure(cifar_resnet(depth, norm="none"), IMAGES).num_branches == (depth - 2) // 2
+
+
+def test_batch_size_dtype_and_jit_change_nothing() -> None:
+    model = cifar_resnet(20, norm="batch")
+    small = shape_of(fi.structure(model, IMAGES))
+    assert shape_of(fi.structure(model, jax.ShapeDtypeStruct((7, 32, 32, 3), jnp.float32))) == small
+    assert shape_of(fi.structure(dataclasses.replace(model, dtype=jnp.bfloat16), IMAGES)) == small
+
+
+def test_inference_form_of_batch_norm() -> None:
+    train = fi.structure(cifar_resnet(20, norm="batch"), IMAGES, train=True)
+    test = fi.structure(cifar_resnet(20, norm="batch"), IMAGES, train=False)
+    assert [n.scale for n in train.norms] == [n.scale for n in test.norms]
+    assert {n.form for n in test.norms} == {"inference"}
+    assert all(n.batch for n in (*train.norms, *test.norms))
+
+
+def test_axes_of_normalizations() -> None:
+    axes = {n: fi.structure(cifar_resnet(20, norm=n), IMAGES).norms[0] for n in ("batch", "instance", "layer")}
+    assert axes["batch"].axes == (0, 1, 2) and axes["batch"].batch
+    assert axes["instance"].axes == (1, 2) and not axes["instance"].batch
+    assert axes["layer"].axes == (1, 2, 3) and not axes["layer"].batch
+
+
+def test_removed_normalization_leaves_the_plain_network() -> None:
+    removed = fi.structure(cifar_resnet(20, norm="batch"), IMAGES, normalization="removed")
+    plain = fi.structure(cifar_resnet(20, norm="none"), IMAGES)
+    assert not removed.norms
+    assert removed.branches == tuple(
+        dataclasses.replace(b, scope=r.scope) for b, r in zip(plain.branches, removed.branches)
+    )
+
+
+def test_softmax_and_elementwise_sums_are_nothing() -> None:
+    def apply(w: Any, x: Any) -> Any:
+        return jax.nn.softmax(jax.nn.gelu(x @ w))
+
+    s = fi.structure(fi.Function(apply, jax.ShapeDtypeStruct((16, 4), jnp.float32)), VECTORS)
+    assert not s.norms and not s.branches
+
+
+@pytest.mark.parametrize("form", ["divide", "multiply", "l2", "rms", "two-pass"])
+def test_home_made_normalizations(form: str) -> None:
+    def apply(params: Any, x: Any) -> Any:
+        x = x @ params["w"]
+        mean = x.mean(-1, keepdims=True)
+        if form == "divide":
+            x = (x - mean) / (x.std(-1, keepdims=True) + 1e-5)
+        elif form == "multiply":
+            x = (x - mean) * jax.lax.rsqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-6)
+        elif form == "l2":
+            x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        elif form == "rms":
+            x = x * (x**2).mean(-1, keepdims=True) ** -0.5
+        else:
+            x = (x - mean) / jnp.sqrt((x**2).mean(-1, keepdims=True) - mean**2)
+        return (x * params["scale"]) @ params["v"]
+
+    shapes = {"w": (16, 8), "scale": (8,), "v": (8, 2)}
+    params = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+    s = fi.structure(fi.Function(apply, params), VECTORS)
+    assert [(n.scale, n.axes, n.batch) for n in s.norms] == [("scale", (1,), False)]
+    assert not s.branches
+
+
+def test_dead_code_is_ignored() -> None:
+    def apply(w: Any, x: Any) -> Any:
+        _ = x + jax.nn.relu(x @ w["a"]) @ w["b"]
+        return x @ w["c"]
+
+    params = {k: jax.ShapeDtypeStruct((16, 16), jnp.float32) for k in "abc"}
+    s = fi.structure(fi.Function(apply, params), VECTORS)
+    assert s.num_branches == 0
+    assert [q.role for q in s.parameters] == ["unused", "unused", "kernel"]
+
+
+def test_fans_come_from_the_equation() -> None:
+    class Fans(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = nn.Conv(32, (3, 5), feature_group_count=4, name="grouped")(nn.Conv(16, (1, 1), name="pointwise")(x))
+            x = nn.MultiHeadDotProductAttention(4, qkv_features=24, name="attention")(x.mean(1))
+            return nn.Einsum((32, 5), "bsd,dk->bsk", name="einsum")(x)
+
+    fans = {layer.path: (layer.fan_in, layer.fan_out) for layer in fi.structure(Fans(), IMAGES).layers}
+    assert fans["pointwise/kernel"] == (3, 16)
+    assert fans["grouped/kernel"] == (4 * 15, 8 * 15)
+    assert fans["attention/query/kernel"] == (32, 24)  # (d, heads, head_dim)
+    assert fans["attention/out/kernel"] == (24, 32)  # (heads, head_dim, d)
+    assert fans["einsum/kernel"] == (32, 5)
+
+
+def test_an_unknown_primitive_with_a_jaxpr_is_named() -> None:
+    def apply(w: Any, x: Any) -> Any:
+        mesh = jax.make_mesh((1,), ("i",))
+        spec = jax.sharding.PartitionSpec()
+        return jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(x, w)
+
+    with pytest.raises(fi.UnknownPrimitiveError, match="shard_map"):
+        fi.structure(fi.Function(apply, jax.ShapeDtypeStruct((16, 4), jnp.float32)), VECTORS)
+
+
+def test_nothing_is_allocated() -> None:
+    before = {id(a) for a in jax.live_arrays()}
+    fi.structure(cifar_resnet(20, norm="batch"), IMAGES)
+    assert not [a for a in jax.live_arrays() if id(a) not in before and a.size > 1]
+
+
+def test_plain_networks_and_scans_of_nnx() -> None:
+    from flax import nnx
+
+    assert fi.structure(Plain(), IMAGES).num_branches == 0
+    scanned = fi.structure(Stacked(True, nnx.Rngs(0)), VECTORS)
+    (branch,) = scanned.branches
+    assert (branch.repeats, scanned.num_branches) == (4, 4)
+    assert (scanned.layers[0].fan_in, scanned.layers[0].fan_out, scanned.layers[0].repeats) == (16, 64, 4)
