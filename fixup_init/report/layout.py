@@ -1,0 +1,259 @@
+"""What the renderers share: folding, numbers and verdicts in words, and where a row lies on the depth axis."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import re
+import shutil
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, Literal
+
+from fixup_init.propagation import Comparison, Direction, Drift, Propagation, Row, Statistics
+
+__all__ = [
+    "Line", "Run", "fold", "line", "merged", "number", "plural", "positions", "propagations", "render", "selection",
+    "shape", "spaced", "statistics", "terminal_width", "title", "unit", "words",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """`period` items from `start` on, `count` times over."""
+
+    start: int
+    period: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.period * self.count
+
+
+def fold(keys: Sequence[Hashable], longest: int = 8) -> list[Run]:
+    """Splits a sequence into runs of equal items, or of equal groups of up to `longest` items.
+
+    The run that covers most is taken first, then what is left and right of it is split in the same way.
+
+    Example:
+      >>> [(r.start, r.period, r.count) for r in fold("xababababyzzz")]
+      [(0, 1, 1), (1, 2, 4), (9, 1, 1), (10, 1, 3)]
+    """
+    numbers: dict[Hashable, int] = {}
+    items = [numbers.setdefault(k, len(numbers)) for k in keys]
+    runs, todo = [], [(0, len(items))]
+    while todo:
+        start, stop = todo.pop()
+        if start == stop:
+            continue
+        run = _widest(items, start, stop, longest)
+        if run is None:
+            runs += [Run(k, 1, 1) for k in range(start, stop)]
+        else:
+            runs.append(run)
+            todo += [(start, run.start), (run.stop, stop)]
+    return sorted(runs, key=lambda r: r.start)
+
+
+def _widest(items: list[int], start: int, stop: int, longest: int) -> Run | None:
+    """The repetition that covers most of items[start:stop]; of equals the one of shorter period, then the first."""
+    best: Run | None = None
+    for period in range(1, min(longest, (stop - start) // 2) + 1):
+        same = 0  # items before k that equal the one a period later
+        for k in range(stop - period - 1, start - 1, -1):
+            same = same + 1 if items[k] == items[k + period] else 0
+            count = same // period + 1
+            size = best.period * best.count if best else 0
+            if count > 1 and (
+                period * count > size or (best and period == best.period and period * count == size and k < best.start)
+            ):
+                best = Run(k, period, count)
+    return best
+
+
+_DIGITS = re.compile(r"(\d+)")
+
+
+def merged(texts: Iterable[str]) -> str:
+    """Texts that differ in numbers only, as one.
+
+    Example:
+      >>> merged(["layer1_0/conv", "layer1_10/conv", "layer1_2/conv"]), merged(["stem", "neck", "head"])
+      ('layer1_{0..10}/conv', 'stem … head')
+    """
+    texts = list(texts)
+    tokens = [_DIGITS.split(t) for t in texts]
+    if len({tuple(t[::2]) for t in tokens}) > 1:
+        home = texts[0].rpartition("/")[0]
+        return f"{texts[0]} … {texts[-1].removeprefix(f'{home}/') if home else texts[-1]}"
+    parts = []
+    for k, column in enumerate(zip(*tokens, strict=True)):
+        values = dict.fromkeys(column)
+        if k % 2 == 0 or len(values) == 1:
+            parts.append(column[0])
+        else:
+            parts.append("{" + min(values, key=int) + ".." + max(values, key=int) + "}")
+    return "".join(parts)
+
+
+def number(x: float | None, digits: int = 3) -> str:
+    """Three significant digits; a dash for what is not there.
+
+    Example:
+      >>> number(0.0), number(1234567.0), number(1.9e49), number(float("nan")), number(None)
+      ('0', '1.23e6', '1.9e49', '–', '–')
+    """
+    if x is None or x != x:
+        return "–"
+    if math.isinf(x):
+        return "∞" if x > 0 else "-∞"
+    text = f"{x:.{digits}g}"
+    mantissa, e, exponent = text.partition("e")
+    return f"{mantissa}e{int(exponent)}" if e else text
+
+
+def shape(sizes: Iterable[int]) -> str:
+    """A shape as `8×32×32×3`, or `scalar`."""
+    return "×".join(map(str, sizes)) or "scalar"
+
+
+def plural(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def unit(propagation: Propagation, plural: bool = False) -> str:
+    """What the depth axis counts."""
+    name = "residual sum" if propagation.select("sum") else "weight layer"
+    return name + "s" * plural
+
+
+def words(propagation: Propagation, drift: Drift) -> str:
+    """A verdict in a few words, for legends and tables."""
+    each = "block" if propagation.select("sum") else "layer"
+    if drift.verdict == "zero":
+        return f"zero from {drift.where} on" if drift.where else "not measured"
+    if drift.verdict == "overflows":
+        return f"overflows at {drift.where}"
+    if drift.verdict == "vanishes" and drift.factor:
+        return f"shrinks ×{number(drift.factor)} a {each}"
+    if drift.verdict == "grows":
+        return f"grows ×{number(drift.factor)} a {each}"
+    return f"{drift.verdict}, ×{number(drift.factor)} a {each}"
+
+
+def statistics(row: Row, direction: Direction) -> Statistics | None:
+    return row.forward if direction == "forward" else row.backward
+
+
+def propagations(data: Comparison | Propagation) -> tuple[Propagation, ...]:
+    """One or several, as several."""
+    return (data,) if isinstance(data, Propagation) else tuple(data)
+
+
+def positions(propagation: Propagation) -> list[float]:
+    """Where each row lies on the depth axis: stream rows at 1, 2, ..., the others evenly between their neighbours."""
+    stream = {id(r) for r in propagation.stream}
+    result: list[float] = []
+    waiting, passed = 0, 0
+    for row in propagation.rows:
+        waiting += 1
+        if id(row) in stream:
+            result += [passed + k / waiting for k in range(1, waiting)] + [passed + 1.0]
+            waiting, passed = 0, passed + 1
+    return result + [passed + k / (waiting + 1) for k in range(1, waiting + 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """The stream's second moment over depth, for a figure with a logarithmic axis.
+
+    Attributes:
+      label: of the propagation.
+      words: its verdict.
+      x: depth of each measured row.
+      y: its second moment; NaN where it is zero or not finite.
+      zeros: depths at which it is zero.
+      overflows: depths at which it is not finite.
+      where: name of the row that overflows or becomes zero first, in the direction of the signal.
+    """
+
+    label: str
+    words: str
+    x: tuple[int, ...]
+    y: tuple[float, ...]
+    zeros: tuple[int, ...]
+    overflows: tuple[int, ...]
+    where: str | None
+
+
+def line(propagation: Propagation, direction: Direction) -> Line:
+    """The stream of a propagation in one direction."""
+    points = [(k, s) for k, r in enumerate(propagation.stream, 1) if (s := statistics(r, direction)) is not None]
+    state = [(k, s.second_moment, _state(s)) for k, s in points]
+    drift = propagation.drift(direction)
+    return Line(
+        label=propagation.label,
+        words=words(propagation, drift),
+        x=tuple(k for k, _, _ in state),
+        y=tuple(m if how == "number" else math.nan for _, m, how in state),
+        zeros=tuple(k for k, _, how in state if how == "zero"),
+        overflows=tuple(k for k, _, how in state if how == "overflow"),
+        where=drift.where,
+    )
+
+
+def _state(s: Statistics) -> Literal["number", "zero", "overflow"]:
+    if s.finite < 1 or not math.isfinite(s.second_moment):
+        return "overflow"
+    return "number" if s.second_moment > 0 else "zero"
+
+
+def spaced(count: int, at_most: int) -> list[int]:
+    """Indices from first to last, evenly spaced.
+
+    Example:
+      >>> spaced(5, 10), spaced(100, 4)
+      ([0, 1, 2, 3, 4], [0, 33, 66, 99])
+    """
+    if count <= at_most:
+        return list(range(count))
+    return sorted({round(k * (count - 1) / (at_most - 1)) for k in range(at_most)})
+
+
+def title(row: Row) -> str:
+    """The name of a row, with the pass through a scan body that it belongs to."""
+    return row.name if row.repeat is None else f"{row.name}, pass {row.repeat + 1}"
+
+
+def selection(propagation: Propagation, at_most: int) -> list[Row]:
+    """All rows if they fit, else the inputs, evenly spaced rows of the stream, the first bad ones and the outputs."""
+    if len(propagation) <= at_most:
+        return list(propagation.rows)
+    stream = propagation.stream
+    chosen = {id(stream[k]) for k in spaced(len(stream), at_most - 4)}
+    chosen |= {id(r) for r in propagation.select("input", "output")}
+    for direction in ("forward", "backward"):
+        rows = stream if direction == "forward" else stream[::-1]
+        bad = [r for r in rows if (s := statistics(r, direction)) is not None and _state(s) != "number"]
+        chosen |= {id(r) for r in bad[:1]}
+    return [r for r in propagation.rows if id(r) in chosen]
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, between 80 and 140; 100 where there is none."""
+    return min(max(shutil.get_terminal_size((100, 24)).columns, 80), 140)
+
+
+def render(*renderables: Any, width: int | None = None) -> str:
+    """Text of rich renderables, without colours and without blanks at the ends of lines."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(
+        file=out, width=width or terminal_width(), color_system=None, force_terminal=False, force_jupyter=False,
+        force_interactive=False, highlight=False, markup=False, emoji=False, legacy_windows=False,
+    )  # fmt: skip
+    for one in renderables:
+        console.print(one)
+    return "\n".join(part.rstrip() for part in out.getvalue().splitlines()).strip("\n")

@@ -1,0 +1,519 @@
+"""Trees, tables, figures and pages: what they say, that nothing breaks them, and that a browser draws the page."""
+
+import html as markup
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import fixup_init as fi
+from fixup_init.extras import require
+from fixup_init.models.resnet import cifar_resnet
+from fixup_init.propagation import Comparison, Propagation, Row, Statistics
+from fixup_init.report.figure import figure, save
+from fixup_init.report.html import TrainingRun, html, write
+from fixup_init.report.layout import fold, line, merged, number, positions, selection, words
+from fixup_init.report.text import comparison_table, propagation_table
+from fixup_init.report.tree import plan_table, rich_tree, tree
+
+ZERO, BAD = Statistics(0.0, 0.0, 0.0), Statistics(math.nan, math.nan, math.nan, 0.7)
+X = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
+
+
+def propagation(label, blocks, growth=1.0, back=1.0, overflow=None, dead=0, zero_branches=False, scope="Net"):
+    """A made-up network: the second moment grows by `growth` a block, that of the cotangent by `back`."""
+
+    def row(kind, name, block, forward, backward):
+        return Row(kind, name, scope, block, (8, 4, 4, 16), "float32", None, forward, backward)
+
+    rows = [row("input", "input/0", 0, Statistics(0.0, 1.0, 0.0), Statistics(0.0, back**blocks, 0.0))]
+    for k in range(1, blocks + 1):
+        bad = overflow is not None and k >= overflow
+        forward = BAD if bad else Statistics(0.5 * growth ** (k / 2), 2 * growth**k, growth**k)
+        backward = ZERO if k <= dead else Statistics(0.0, back ** (blocks - k), 0.0)
+        rows += [
+            row("weight", f"layer_{k}/conv/kernel", k - 1, forward, backward),
+            row("nonlinearity", "relu", k - 1, forward, backward),
+            row("branch", f"branch {k}", k - 1, ZERO if zero_branches else forward, backward),
+            row("sum", f"sum {k}", k, forward, backward),
+        ]
+    rows.append(row("output", "output", blocks, rows[-1].forward, Statistics(0.0, 1.0, 0.0)))
+    return Propagation(label, "Net", blocks, tuple(rows))
+
+
+def comparison(blocks):
+    return Comparison((
+        propagation("batch norm", blocks, 1.01, 1.02),
+        propagation("no normalization, He", blocks, 2.0, 2.0),
+        propagation("Fixup", blocks, zero_branches=True),
+        propagation("half precision", blocks, 1.9, 1.5, overflow=blocks // 3 + 1, dead=blocks // 4),
+    ))  # fmt: skip
+
+
+def trainings():
+    steps, losses = tuple(range(1, 41)), tuple(2.3 * 0.93**k for k in range(40))
+    return [
+        TrainingRun("Fixup", 0, steps, losses, (20, 40), (0.8, 0.90), 0.90, 1000.0),
+        TrainingRun("Fixup", 1, steps, losses, (20, 40), (0.8, 0.91), 0.91, 1001.0),
+        TrainingRun(
+            "no normalization, He", 0, (1, 2), (9.5, math.inf), (), (), None, None, "the loss is inf in step 2"
+        ),
+    ]
+
+
+# ---- folding and numbers
+
+
+@pytest.mark.parametrize(
+    "items, runs",
+    [
+        ("", []),
+        ("a", [(0, 1, 1)]),
+        ("abab" * 30 + "z", [(0, 2, 60), (120, 1, 1)]),
+        ("aaab", [(0, 1, 3), (3, 1, 1)]),
+        ("xaabaabaaby", [(0, 1, 1), (1, 3, 3), (10, 1, 1)]),
+    ],
+)
+def test_fold(items, runs):
+    assert [(r.start, r.period, r.count) for r in fold(items)] == runs
+
+
+def test_fold_covers_everything_once():
+    rng = __import__("random").Random(0)
+    for _ in range(200):
+        items = [rng.choice("abc") for _ in range(rng.randrange(30))]
+        runs = fold(items)
+        assert [k for r in runs for k in range(r.start, r.stop)] == list(range(len(items)))
+        for r in runs:
+            assert all(items[k] == items[r.start + (k - r.start) % r.period] for k in range(r.start, r.stop))
+
+
+def test_merged_names():
+    assert merged(["a_1/k", "a_10/k", "a_2/k"]) == "a_{1..10}/k"
+    assert merged(["net/w", "net/b"]) == "net/w … b"
+    assert merged(["same"]) == "same"
+    assert number(math.inf) == "∞" and number(1.5e-8) == "1.5e-8" and number(2.36e49) == "2.36e49"
+
+
+# ---- structure and plan
+
+
+class Mlp(nn.Module):
+    layers: int
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(self.layers):
+            x = nn.relu(nn.Dense(8)(x))
+        return x
+
+
+class Decoder(nn.Module):
+    layers: int
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(10, 8)(tokens)
+        for _ in range(self.layers):
+            x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+            x = x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x))))
+        return nn.Dense(10)(nn.LayerNorm()(x))
+
+
+class Two(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(x) + nn.Dense(4)(x)
+
+
+def test_tree_of_a_resnet():
+    assert tree(fi.structure(cifar_resnet(20, norm="batch"), X), 80).splitlines() == [
+        "ResNet  L = 9 residual branches, 20 weight layers",
+        "├── stem  conv1/kernel  conv 27→144",
+        "├── branches 1–3  layer1_{0..2} x 3",
+        "│   conv1 conv 144→144; conv2 conv 144→144",
+        "│   depth 2, order D = 0 (2 without norms), identity skip, 2 norms",
+        "├── branch 4  layer2_0",
+        "│   conv1 conv 144→288; conv2 conv 288→288",
+        "│   depth 2, order D = 0 (2 without norms), reshape skip, 2 norms",
+        "├── branches 5–6  layer2_{1..2} x 2",
+        "│   conv1 conv 288→288; conv2 conv 288→288",
+        "│   depth 2, order D = 0 (2 without norms), identity skip, 2 norms",
+        "├── branch 7  layer3_0",
+        "│   conv1 conv 288→576; conv2 conv 576→576",
+        "│   depth 2, order D = 0 (2 without norms), reshape skip, 2 norms",
+        "├── branches 8–9  layer3_{1..2} x 2",
+        "│   conv1 conv 576→576; conv2 conv 576→576",
+        "│   depth 2, order D = 0 (2 without norms), identity skip, 2 norms",
+        "├── head  fc/kernel  dense 64→10",
+        "└── norms  19 (statistics over axes 0, 1, 2 of the batch; with scale and bias)",
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize(
+    "model, x",
+    [
+        (Mlp(4), jax.ShapeDtypeStruct((2, 8), jnp.float32)),
+        (Mlp(300), jax.ShapeDtypeStruct((2, 8), jnp.float32)),
+        (cifar_resnet(302, norm="fixup"), X),
+        (Decoder(40), jax.ShapeDtypeStruct((2, 5), jnp.int32)),
+    ],
+    ids=["mlp4", "mlp300", "resnet302", "decoder40"],
+)
+def test_trees_and_plans_fit_a_screen(model, x, width):
+    text = tree(fi.structure(model, x), width)
+    assert len(text.splitlines()) <= 24 and max(map(len, text.splitlines())) <= width
+    plan = plan_table(fi.plan(model, x, scheme="he_normal"), width)
+    assert len(plan.splitlines()) <= 90 and max(map(len, plan.splitlines())) <= width
+    assert "\x1b" not in text + plan
+
+
+def test_alternating_branches_are_folded_together():
+    text = tree(fi.structure(Decoder(40), jax.ShapeDtypeStruct((2, 5), jnp.int32)), 100)
+    assert "40 times  branches 1–80" in text and "branches 1, 3 … 79" in text and "branches 2, 4 … 80" in text
+    assert "query dense 8→8, control" in text
+
+
+def test_what_is_undecided_is_said():
+    structure = fi.structure(Two(), jax.ShapeDtypeStruct((2, 8), jnp.float32))
+    text = tree(structure, 100)
+    assert "undecided head  output 0: 2 weight layers feed the output" in text
+    assert "Dense_0/kernel" in text and "no residual branches" in text
+
+
+def test_colours_only_where_a_terminal_asks(monkeypatch):
+    from rich.console import Console
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    structure = fi.structure(cifar_resnet(20, norm="fixup"), X)
+    assert "\x1b" not in str(structure) + str(fi.plan(cifar_resnet(20, norm="fixup"), X)) + str(comparison(5))
+    console = Console(force_terminal=True, color_system="standard", width=100)
+    with console.capture() as capture:
+        console.print(rich_tree(structure))
+    assert "\x1b[" in capture.get()
+
+
+def test_names_are_no_markup():
+    rows = tuple(propagation("[bold]x[/bold] [/]", 2))
+    text = propagation_table(Propagation("[bold]x[/bold] [/]", "N", 2, rows), width=100)
+    assert "[bold]x[/bold] [/]" in text
+
+
+def test_plan_of_resnet_110_folds_to_stages():
+    plan = fi.plan(cifar_resnet(110, norm="fixup"), X)
+    text = plan_table(plan, 120)
+    (row,) = [r for r in text.splitlines() if r.startswith("layer1_{0..17}/conv1/kernel")]
+    assert row.split()[1:3] == ["18", "3×3×16×16"] and "branch {1..18} of 54, layer 1 of 2" in row
+    edited = plan.override("layer1_3/conv1/kernel", std=0.5)
+    assert "layer1_3/conv1/kernel" in plan_table(edited, 120) and "std 0.5" in plan_table(edited, 120)
+
+
+def test_plan_notes_stand_below():
+    plan = fi.plan(cifar_resnet(20, norm="fixup"), X)
+    noted = type(plan)(plan.scheme, plan.num_branches, plan.entries, ("something [odd] was found",))
+    assert plan_table(noted, 80).splitlines()[-1] == "Note: something [odd] was found"
+
+
+# ---- propagation tables
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("blocks", [1, 4, 27, 300])
+def test_tables_fit(blocks, width):
+    for text in (
+        comparison_table(comparison(blocks), width),
+        *(propagation_table(p, width=width) for p in comparison(blocks)),
+    ):
+        assert max(map(len, text.splitlines())) <= width and len(text.splitlines()) < 60, text
+        assert "nan" not in text and "\x1b" not in text
+
+
+def test_every_row_on_request():
+    one = propagation("x", 100)
+    folded, whole = propagation_table(one, width=100), propagation_table(one, all_rows=True, width=100)
+    assert "all_rows=True" in folded and "all_rows" not in whole
+    assert all(r.name in whole for r in one) and len(selection(one, 24)) <= 24
+    assert [r.name for r in selection(one, 24)][:2] == ["input/0", "sum 1"]
+
+
+def test_tables_say_what_overflows_and_dies():
+    one = propagation("x", 100, 1.9, 1.5, overflow=35, dead=20)
+    text = propagation_table(one, width=120)
+    assert re.search(r"sum 35 .*70% finite", text) and re.search(r"sum 20 .* 0\n", text)
+    assert "overflows at sum 35" in text and "zero from sum 20 on" in " ".join(text.split())
+    table = comparison_table(Comparison((one,)), 80)
+    assert "overflow\n" in table and "overflows at sum 35" in table
+
+
+def test_words():
+    four = comparison(27)
+    assert [words(p, p.drift()) for p in four] == [
+        "flat, ×1.01 a block", "grows ×2 a block", "flat, ×1 a block", "overflows at sum 10",
+    ]  # fmt: skip
+    unmeasured = Propagation("x", "N", 0, tuple(Row(**{**r.__dict__, "backward": None}) for r in four.propagations[0]))
+    assert words(unmeasured, unmeasured.drift("backward")) == "not measured"
+    assert "E[g" not in propagation_table(unmeasured, width=120)
+
+
+def test_positions():
+    one = propagation("x", 2)
+    assert [(r.kind, round(x, 2)) for r, x in zip(one, positions(one), strict=True)][:6] == [
+        ("input", 0.2), ("weight", 0.4), ("nonlinearity", 0.6), ("branch", 0.8), ("sum", 1.0), ("weight", 1.25),
+    ]  # fmt: skip
+    drawn = line(propagation("x", 9, overflow=5, dead=2), "backward")
+    assert drawn.zeros == (1, 2) and math.isnan(drawn.y[0]) and drawn.where == "sum 2"
+    assert line(propagation("x", 9, overflow=5), "forward").overflows == (5, 6, 7, 8, 9)
+
+
+# ---- figures
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 27, 163, 300])
+def test_figure(blocks, tmp_path):
+    drawing = figure(comparison(blocks), channel_means=blocks == 27)
+    assert len(drawing.axes) == 2 + (blocks == 27)
+    path = save(drawing, tmp_path / "new" / "drift.png")
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 200_000
+    legend = [t.get_text() for t in drawing.axes[0].get_legend().get_texts()]
+    if blocks > 4:
+        assert "no normalization, He: grows ×2 a block" in legend
+        assert "not finite" in [t.get_text() for t in drawing.axes[0].texts]
+        assert "exactly 0" in [t.get_text() for t in drawing.axes[1].texts]
+    assert "right to left" in drawing.axes[1].get_xlabel()
+
+
+def test_figure_formats(tmp_path):
+    drawing = figure(comparison(4).propagations[0])
+    assert b"<svg" in save(drawing, tmp_path / "a.svg").read_bytes()
+    assert save(drawing, tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.raises(ValueError, match=r"\.jpg.*expected one of \.png, \.svg, \.pdf"):
+        save(drawing, tmp_path / "a.jpg")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pdf", "a.svg"]
+
+
+def test_heavy_packages_are_imported_when_needed():
+    code = """
+import sys
+import fixup_init.report.figure, fixup_init.report.html
+from fixup_init.propagation import Comparison
+assert not {"matplotlib", "plotly", "jinja2"} & set(sys.modules)
+fixup_init.report.figure.figure(Comparison(()))
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- files and extras
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = write(tmp_path / "deep" / "page.html", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write(path, "new \ud800")
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+    assert write(path, "new é").read_text(encoding="utf-8") == "new é"
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r'`jinja2` is needed.*python -m pip install "fixup_init\[report\]"'):
+        html(comparison(2), title="t")
+    with pytest.raises(ImportError, match="no_such_package"):
+        require("no_such_package.part", "report")
+
+
+# ---- the page
+
+
+def page_data(text):
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    assert found
+    return json.loads(found[1], parse_constant=pytest.fail)
+
+
+def test_page_data_round_trip():
+    text = html(comparison(163), title="t", training=trainings())
+    data = page_data(text)
+    he = data["propagations"][1]
+    row = dict(zip(data["fields"], he["rows"][-2], strict=True))
+    assert (row["kind"], row["name"], row["shape"], row["depth"]) == ("sum", "sum 163", "8×4×4×16", 163)
+    forward = dict(zip(data["statistics"], row["forward"], strict=True))
+    assert forward["second_moment"] == pytest.approx(
+        comparison(163).propagations[1].rows[-2].forward.second_moment, 1e-5
+    )
+    assert forward["second_moment"] > 1e49
+    half = dict(zip(data["fields"], data["propagations"][3]["rows"][-2], strict=True))
+    assert half["forward"] == [None, None, None, None, 0.7]
+    assert data["runs"][2]["loss"] == [9.5, None] and data["runs"][0]["steps"][-1] == 40
+    assert len(text) < 8_000_000
+
+
+def test_page_asks_nothing_of_the_network():
+    text = html(comparison(4), title="t")
+    assert "default-src 'none'" in text
+    own = text.replace(require("plotly.offline", "report").get_plotlyjs(), "")
+    assert not re.search(r"https?://|@import|url\(", own)
+
+
+def test_page_summarizes_trainings():
+    *done, failed = trainings()
+    text = html(comparison(4), title="t", training=[*done, failed.__dict__], table=[{"a": 1.23456, "b": None}])
+    assert "<td>Fixup</td><td>0, 1</td>" in text and ">90.5%<" in text and ">90.0% to 91.0%<" in text
+    assert "Seed 0: the loss is inf in step 2" in text and "<td>1.235</td><td>–</td>" in text
+    with pytest.raises(ValueError, match=r"'losses'.*belong to no training run"):
+        html(comparison(4), title="t", training=[{"losses": []}])
+    with pytest.raises(ValueError, match="2 `steps` and 1 `loss`"):
+        TrainingRun("x", 0, (1, 2), (0.5,), (), (), None)
+
+
+EVIL = "</script><script>window.evil=1</script><img src=x onerror=window.evil=1>"
+
+
+def test_names_cannot_inject_markup():
+    evil = propagation(EVIL, 2, scope=EVIL)
+    text = html(evil, title=EVIL, training=[TrainingRun(EVIL, 0, (1,), (1.0,), (1,), (0.5,), 0.5, None, EVIL)],
+                table=[{EVIL: EVIL}])  # fmt: skip
+    assert "<script>window.evil" not in text and "<img" not in text.replace(
+        require("plotly.offline", "report").get_plotlyjs(), ""
+    )
+    assert page_data(text)["propagations"][0]["label"] == EVIL
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Opens a page in headless Chromium; returns what the browser made of it after a script ran in it."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("Chromium is not installed: the page cannot be opened")
+
+    def run(text, *options, script=""):
+        path = write(tmp_path / "page.html", text.replace("</body>", f"<script>{script}</script></body>"))
+        command = [
+            program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+            f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1400", "--virtual-time-budget=4000",
+            *options, path.as_uri(),
+        ]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    return run
+
+
+# What a script in the page sees; `step` waits until all is drawn.
+SEEN = """
+const steps = [];
+const step = async () => {
+  while (document.documentElement.dataset.state === "drawing") await new Promise((done) => setTimeout(done, 20));
+  const plot = document.getElementById("forward");
+  steps.push({
+    state: document.documentElement.dataset.state, error: document.getElementById("error").textContent,
+    lines: ["forward", "backward", "loss", "accuracy"].map((id) => document.getElementById(id)?.data.length ?? null),
+    drawn: plot.querySelectorAll(".trace.scatter path.js-line, .trace.scatter path.point").length,
+    type: plot.layout.yaxis.type,
+    legend: plot.data.filter((t) => t.showlegend).map((t) => t.name), hover: plot.data[0].hovertext[0],
+    marks: plot.data.flatMap((t) => (Array.isArray(t.marker.symbol) ? t.marker.symbol : [])),
+    rows: [...document.querySelectorAll("#rows tbody tr")].map((tr) => [...tr.cells].map((td) => td.textContent)),
+    page: document.getElementById("page").textContent, evil: window.evil ?? null,
+  });
+};
+const click = (selector) => document.querySelector(selector).click();
+(async () => {
+  await step();
+  ACTIONS
+  const seen = document.createElement("pre");
+  seen.id = "seen";
+  seen.textContent = JSON.stringify(steps);
+  document.body.append(seen);
+})();
+"""
+
+
+def seen(dom):
+    found = re.search(r'<pre id="seen">(.*?)</pre>', dom, re.S)
+    assert found, dom[-2000:]
+    return json.loads(markup.unescape(found[1]))
+
+
+def figures(row):
+    """The second moment, as the page writes large numbers."""
+    return f"{row.forward.second_moment:.3e}".replace("e+0", "e")
+
+
+def test_the_page_is_drawn_and_clicked(browse):
+    text = html(
+        comparison(27), title="Drift", training=trainings(), structure=fi.structure(cifar_resnet(20, norm="fixup"), X)
+    )
+    actions = """
+    click("input[name=kind][value=branch]");
+    await step();
+    click("input[name=scale][value=linear]");
+    await step();
+    click("#rows th:nth-child(9) button");
+    click("#rows th:nth-child(9) button");
+    await step();
+    document.querySelector("#filters [name=text]").value = "SUM 27";
+    document.querySelector("#filters [name=text]").dispatchEvent(new Event("input", { bubbles: true }));
+    await step();
+    """
+    dom = browse(text, "--dump-dom", script=SEEN.replace("ACTIONS", actions))
+    first, branches, linear, sorted_, filtered = seen(dom)
+    for step in (first, branches, linear, sorted_, filtered):
+        assert step["state"] == "ready" and step["error"] == ""
+    # Four runs, and the marks of the one that overflows forward and dies backward.
+    assert first["lines"] == [5, 5, 3, 3] and first["drawn"] > 80 and first["type"] == "log"
+    assert first["marks"] == ["triangle-up-open"] * 18
+    assert first["legend"][1] == "no normalization, He: grows ×2 a block"
+    assert "sum 1" in first["hover"] and "shape 8×4×4×16" in first["hover"] and "variance" in first["hover"]
+    assert branches["drawn"] > first["drawn"] + 80
+    assert branches["marks"].count("triangle-down-open") == 27  # Fixup's branches end at zero
+    assert linear["type"] == "linear" and "triangle-down-open" not in linear["marks"]
+    assert first["rows"][0][:5] == ["batch norm", "1", "0", "input", "input/0"] and len(first["rows"]) == 100
+    best = sorted_["rows"][0]
+    assert best[0] == "no normalization, He" and best[8] == figures(comparison(27).propagations[1].rows[-1])
+    assert [r[4] for r in filtered["rows"]] == ["sum 27"] * 4 and filtered["page"] == "4 rows, page 1 of 1"
+    assert "layer1_{0..2} x 3" in dom
+
+
+@pytest.mark.parametrize("blocks", [4, 300])
+def test_pages_of_any_depth_are_drawn(browse, blocks):
+    (first,) = seen(browse(html(comparison(blocks), title="Drift"), "--dump-dom", script=SEEN.replace("ACTIONS", "")))
+    assert (
+        first["state"] == "ready"
+        and first["drawn"] >= 4
+        and first["page"].endswith(f"of {-(-4 * (4 * blocks + 2) // 100)}")
+    )
+
+
+def test_injected_names_do_not_run(browse):
+    script = SEEN.replace("ACTIONS", 'click("input[name=kind][value=weight]"); await step();')
+    text = html(
+        propagation(EVIL, 3, scope=EVIL), title=EVIL, training=[TrainingRun(EVIL, 0, (1,), (1.0,), (1,), (0.5,), 0.5)]
+    )
+    for step in seen(browse(text, "--dump-dom", script=script)):
+        assert step["state"] == "ready" and step["evil"] is None and step["rows"][0][0] == EVIL
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_screenshot(browse, tmp_path, theme):
+    shot = tmp_path / f"{theme}.png"
+    browse(
+        html(comparison(27), title="Drift"),
+        f"--screenshot={shot}",
+        f"--blink-settings=preferredColorScheme={int(theme == 'light')}",
+    )
+    from matplotlib.image import imread
+
+    picture = imread(shot)[..., :3]
+    assert picture.shape[:2] == (1400, 1200)
+    assert (picture[2, 2].mean() > 0.9) == (theme == "light")
+    assert (
+        len({tuple(c) for c in (picture[::7, ::7].reshape(-1, 3) * 15).round().tolist()}) > 12
+    )  # lines of every colour
