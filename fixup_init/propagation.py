@@ -77,7 +77,7 @@ class Drift:
       last: where it ends.
       factor: the growth a block, the median over blocks (a stage that changes the width is one of many); None where it
         is not defined.
-      verdict: "flat" (all within a factor of 4, or within 16 and unchanged by most blocks), "bounded" (the end within 4
+      verdict: "flat" (all within a factor of 2, or within 16 and unchanged by most blocks), "bounded" (the end within 4
         of the start, or within 100 and less than 1.25 a block), "grows", "vanishes", "overflows" or "zero".
       where: name of the row in which it overflows or becomes zero, if it does.
     """
@@ -141,7 +141,7 @@ class Propagation:
         moments = [s.second_moment for _, s in measured]
         ratio, spread = last / first, max(moments) / min(moments)
         factor = statistics.median(b / a for a, b in itertools.pairwise(moments)) if blocks else 1.0
-        if spread <= 4 or (spread <= 16 and abs(factor - 1) <= 0.01):
+        if spread <= 2 or (spread <= 16 and abs(factor - 1) <= 0.01):
             verdict = "flat"
         elif max(ratio, 1 / ratio) <= 4 or (max(ratio, 1 / ratio) <= 100 and 1 / 1.25 < factor < 1.25):
             verdict = "bounded"
