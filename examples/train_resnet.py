@@ -30,7 +30,18 @@ import tyro
 
 import fixup_init as fi
 from fixup_init.models.resnet import cifar_resnet
-from fixup_init.training import AUGMENT, DataFileError, Epoch, History, fit, learning_rate, load, progress_bar, sgd
+from fixup_init.training import (
+    AUGMENT,
+    Augment,
+    DataFileError,
+    Epoch,
+    History,
+    fit,
+    learning_rate,
+    load,
+    progress_bar,
+    sgd,
+)
 
 # What each data set is trained with unless the command line says otherwise. CIFAR-10 has the paper's settings. Digits
 # take small batches, since with 1,437 images the number of steps is what counts, and a smaller rate with them; a cosine
@@ -40,9 +51,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"batch_size": 128, "lr": 0.1, "epochs": 10, "schedule": "cosine"},
     "cifar10": {"batch_size": 128, "lr": 0.1, "epochs": 200, "schedule": "step"},
 }
-# Fixup's network is made for Fixup. Without normalization and without Fixup, He is what a user would take. A normalized
-# network keeps the initializers that it was written with.
-SCHEMES = {"fixup": "fixup", "none": "he_normal"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,10 @@ class Settings:
     """Steps of linear warmup. Fixup needs none."""
     weight_decay: float = 1e-4
     """Added to the gradient of every parameter, times the parameter."""
+    crop: int | None = None
+    """Pixels of black padding before a random crop; 0 is without."""
+    flip: bool | None = None
+    """Whether half of the images are mirrored."""
     mixup: float = 0.0
     """alpha of mixup; 0 is without, the paper's long runs have 1."""
     seed: int = 0
@@ -85,9 +97,11 @@ class Settings:
     """Directory for the variables after each of the last three epochs, as Orbax checkpoints."""
 
     def complete(self) -> "Settings":
-        """With the defaults of the data set and of the normalization filled in."""
-        filled = {name: value for name, value in DEFAULTS[self.data].items() if getattr(self, name) is None}
-        return replace(self, scheme=self.scheme or SCHEMES.get(self.norm, "model"), **filled)
+        """With the defaults of the data set filled in, and of the scheme: He is what a user takes without Fixup."""
+        augment = AUGMENT[self.data]
+        scheme = "fixup" if self.norm == "fixup" else "he_normal"
+        defaults = {"scheme": scheme, "crop": augment.crop_padding, "flip": augment.flip, **DEFAULTS[self.data]}
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
 def train(settings: Settings) -> tuple[dict[str, Any], History]:
@@ -112,7 +126,7 @@ def train(settings: Settings) -> tuple[dict[str, Any], History]:
             steps=steps,
             batch_size=settings.batch_size,
             seed=settings.seed,
-            augment=replace(AUGMENT[settings.data], mixup=settings.mixup),
+            augment=Augment(settings.crop, settings.flip, settings.mixup),
             rate=rate,
             max_seconds=None if settings.max_minutes is None else 60 * settings.max_minutes,
             on_divergence="stop",

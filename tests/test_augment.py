@@ -92,7 +92,7 @@ def test_padding_is_black_before_normalization():
     np.testing.assert_array_equal(x, -2.0)
 
 
-def test_digits_are_never_mirrored_by_default():
+def test_digits_are_never_mirrored_by_default_and_cifar10_is_as_in_the_paper():
     assert not AUGMENT["digits"].flip and AUGMENT["cifar10"] == Augment(crop_padding=4, flip=True, mixup=0.0)
 
 

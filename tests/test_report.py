@@ -290,6 +290,12 @@ def test_figure(blocks, tmp_path):
     assert "right to left" in drawing.axes[1].get_xlabel()
 
 
+def test_a_lone_point_is_drawn():
+    rows = propagation("x", 100, back=1.5, dead=99).rows
+    (drawn,) = [x for x in figure(Propagation("x", "N", 100, rows)).axes[1].lines if x.get_label().startswith("x")]
+    assert drawn.get_markevery() == [99]
+
+
 def test_figure_formats(tmp_path):
     drawing = figure(comparison(4).propagations[0])
     assert b"<svg" in save(drawing, tmp_path / "a.svg").read_bytes()
@@ -417,7 +423,7 @@ const step = async () => {
     state: document.documentElement.dataset.state, error: document.getElementById("error").textContent,
     lines: ["forward", "backward", "loss", "accuracy"].map((id) => document.getElementById(id)?.data.length ?? null),
     drawn: plot.querySelectorAll(".trace.scatter path.js-line, .trace.scatter path.point").length,
-    type: plot.layout.yaxis.type,
+    type: plot.layout.yaxis.type, sizes: plot.data[0].marker.size,
     legend: plot.data.filter((t) => t.showlegend).map((t) => t.name), hover: plot.data[0].hovertext[0],
     marks: plot.data.flatMap((t) => (Array.isArray(t.marker.symbol) ? t.marker.symbol : [])),
     rows: [...document.querySelectorAll("#rows tbody tr")].map((tr) => [...tr.cells].map((td) => td.textContent)),
@@ -490,6 +496,13 @@ def test_pages_of_any_depth_are_drawn(browse, blocks):
         and first["drawn"] >= 4
         and first["page"].endswith(f"of {-(-4 * (4 * blocks + 2) // 100)}")
     )
+
+
+def test_a_lone_point_is_drawn_on_the_page(browse):
+    (first,) = seen(
+        browse(html(propagation("x", 100, overflow=2), title="t"), "--dump-dom", script=SEEN.replace("ACTIONS", ""))
+    )
+    assert first["sizes"] == [5] + [0] * 99
 
 
 def test_injected_names_do_not_run(browse):

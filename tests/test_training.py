@@ -169,7 +169,7 @@ def test_a_pure_function_trains_as_well(digits):
     assert history.test_accuracy > 0.7 and history.variables.keys() == params.keys()
 
 
-@pytest.mark.parametrize(("norm", "scheme"), [("batch", "model"), ("fixup", "fixup")])
+@pytest.mark.parametrize(("norm", "scheme"), [("batch", "he_normal"), ("fixup", "fixup")])
 def test_the_reference_networks_train_under_their_plan(digits, norm, scheme):
     model, x = cifar_resnet(8, norm=norm, width=8), jax.ShapeDtypeStruct((32, *digits.image_shape), jnp.float32)
     plan = fi.plan(model, x, train=True, scheme=scheme)

@@ -87,8 +87,11 @@ def _draw(axis: Axes, several: Sequence[Propagation], direction: Direction) -> N
     _set_scale(axis, (y for one in lines for y in one.y))
     for k, one in enumerate(lines):
         style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "label": f"{one.label}: {one.words}"}
-        marker = {"marker": "o", "markersize": 3} if len(one.x) <= _MARKED else {}
-        axis.plot(one.x, one.y, linestyle=_DASHES[k % len(_DASHES)], linewidth=1.8, **marker, **style)
+        marked = [i for i in range(len(one.x)) if len(one.x) <= _MARKED or _alone(one.y, i)]
+        axis.plot(
+            one.x, one.y, linestyle=_DASHES[k % len(_DASHES)], linewidth=1.8, marker="o", markersize=3,
+            markevery=marked, **style,
+        )  # fmt: skip
         _mark_edges(axis, one, style["color"], apart)
     forward = direction == "forward"
     steps = unit(several[0], plural=True) if several else ""
@@ -98,6 +101,11 @@ def _draw(axis: Axes, several: Sequence[Propagation], direction: Direction) -> N
     if not any(one.x for one in lines):
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center")
     _finish(axis, several)
+
+
+def _alone(values: Sequence[float], k: int) -> bool:
+    """Whether a value has no neighbour that a line could lead to."""
+    return not math.isnan(values[k]) and all(math.isnan(values[j]) for j in (k - 1, k + 1) if 0 <= j < len(values))
 
 
 def _set_scale(axis: Axes, values: Iterable[float]) -> None:

@@ -12,15 +12,15 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int32, UInt8
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress
+
+from fixup_init.extras import require
 
 
 class DataFileError(ValueError):
@@ -131,21 +131,11 @@ def train_batches(
     count = len(dataset.train_images)
     if not 1 <= batch_size <= count:
         raise ValueError(f"batch_size is {batch_size}, expected 1 to {count}, the number of training examples")
-    grain = require("grain")
+    grain = require("grain", "examples")
     # Indices travel through the pipeline, one gather makes the batch: a tenth of the time of stacking examples.
     indices = grain.MapDataset.range(count).shuffle(seed=seed).batch(batch_size, drop_remainder=True).repeat()
     batches = indices.map(lambda chosen: (dataset.train_images[chosen], dataset.train_labels[chosen]))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
-
-
-def require(module: str) -> ModuleType:
-    """Imports an optional package, or says which extra brings it."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'`{module}` is needed here and is not installed; run: python -m pip install "fixup_init[examples]"'
-        ) from error
 
 
 NUM_CLASSES = 10  # of each of the three data sets
@@ -164,7 +154,7 @@ def _pixel_moments(images: UInt8[np.ndarray, "n height width channels"]) -> tupl
 def _digits(directory: Path | None) -> _Arrays:
     """Every fifth image of the class-sorted set is for testing: 36 or so of each digit, 360 in all, always the same."""
     del directory
-    bunch = require("sklearn.datasets").load_digits()
+    bunch = require("sklearn.datasets", "examples").load_digits()
     images = bunch.images.astype(np.uint8)[..., None]  # whole numbers from 0 to 16
     order = np.argsort(bunch.target, kind="stable")
     is_test = np.zeros(len(order), bool)
@@ -273,7 +263,7 @@ def _fetch(file_name: str, directory: Path | None) -> Path:
     """The path of an official file: the user's own copy as it is, otherwise the download, whole and with its hash."""
     if directory is not None and (directory / file_name).exists():
         return directory / file_name
-    pooch, source, bar = require("pooch"), SOURCES[file_name], _DownloadBar(file_name)
+    pooch, source, bar = require("pooch", "examples"), SOURCES[file_name], _DownloadBar(file_name)
     cache = Path(directory or pooch.os_cache("fixup_init"))
     try:
         # pooch writes to a temporary name and moves the file once its hash is right, so no half file stays behind.

@@ -98,7 +98,7 @@
       font: { color: css("--text"), family: "system-ui, sans-serif", size: 13 },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest", uirevision: "same",
       modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--quiet"), activecolor: css("--text") },
-      height: 392 + 21 * entries, margin: { l: 76, r: 16, t: 44, b: 58 + 21 * entries }, showlegend: true,
+      height: 392 + 21 * entries, margin: { l: 76, r: 48, t: 44, b: 58 + 21 * entries }, showlegend: true,
       legend: { x: 0, y: 0, yref: "container", yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", tracegroupgap: 0 },
       hoverlabel: { align: "left" },
       ...extra,
@@ -122,7 +122,8 @@
     const low = positive.length ? positive.reduce((a, b) => Math.min(a, b)) : 0;
     const high = positive.length ? positive.reduce((a, b) => Math.max(a, b)) : 0;
     const margin = Math.max(0.08 * (high - low), 1 - (high - low) / 2);
-    const edge = { zero: 10 ** (low - margin * 0.75), bad: 10 ** (high + margin * 0.75) };
+    const inset = margin - 0.03 * (high - low + 2 * margin); // marks stand just inside the edges
+    const edge = { zero: 10 ** (low - inset), bad: 10 ** (high + inset) };
     const worst = chosen.reduce((a, row) => Math.max(a, value(row, direction, quantity) ?? 0), 0);
     if (!logarithmic) edge.bad = worst * 1.05 || 1;
 
@@ -135,18 +136,22 @@
         if (!own.length) continue;
         const ys = own.map((row) => value(row, direction, quantity));
         const isStream = kind === one.stream;
+        const shownY = ys.map((y) => (logarithmic && !(y > 0) ? null : y));
+        // A long line needs no markers, but for points without a neighbour.
+        const missing = (k) => shownY[k] === null || shownY[k] === undefined;
+        const sizes = shownY.map((_, k) => (own.length <= 80 || (!missing(k) && missing(k - 1) && missing(k + 1)) ? 5 : 0));
         const style = { color: colour(run) };
         const group = `run ${run}`;
         const first = !named.has(run) && Boolean(named.add(run));
         const line = { ...style, dash: DASHES[kind] ?? "solid", width: isStream ? 2.5 : 1.2 };
         traces.push({
-          type: "scatter", mode: own.length > 80 ? "lines" : own.length > 1 ? "lines+markers" : "markers",
+          type: "scatter", mode: sizes.some(Boolean) ? "lines+markers" : "lines",
           zorder: isStream ? 1 : 0,
           name: plain(quantity === "second_moment" ? `${one.label}: ${one.words[direction]}` : one.label),
           showlegend: first,
-          x: own.map((row) => row.depth), y: ys.map((y) => (logarithmic && !(y > 0) ? null : y)),
+          x: own.map((row) => row.depth), y: shownY,
           hovertext: own.map((row) => describe(row, direction)), hoverinfo: "text", legendgroup: group, line,
-          marker: { ...style, symbol: SYMBOLS[kind], size: 5 }, connectgaps: false,
+          marker: { ...style, symbol: SYMBOLS[kind], size: sizes }, connectgaps: false,
         });
         const marks = own.flatMap((row, k) =>
           ys[k] === null ? [[row, "bad"]] : ys[k] === 0 && logarithmic ? [[row, "zero"]] : []);
@@ -177,7 +182,7 @@
       return what === "bad" ? y === null : y === 0 && logarithmic;
     });
     const note = (text, what) => ({
-      text, showarrow: false, xref: "paper", x: 0, xanchor: "right", xshift: -6, font: { color: css("--quiet") },
+      text, showarrow: false, xref: "paper", x: 1, xanchor: "left", xshift: 6, font: { color: css("--quiet") },
       y: logarithmic ? Math.log10(edge[what]) : edge[what],
     });
     const letter = direction === "forward" ? "x" : "g";
@@ -191,7 +196,7 @@
       annotations: [
         ...(chosen.length ? [] : [{ text: "no such rows", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }]),
         ...(has("zero") ? [note("0", "zero")] : []),
-        ...(has("bad") ? [note("not finite", "bad")] : []),
+        ...(has("bad") ? [note("not<br>finite", "bad")] : []),
       ],
       xaxis: axis({
         range: [start - 0.02 * (end - start), end + 0.02 * (end - start)],
