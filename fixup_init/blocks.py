@@ -158,7 +158,8 @@ def _canonical(graph: Graph, steps: Sequence[Op], numbers: dict[int, int], taps:
 
 
 def _scan_signature(step: Op) -> Any:
-    return ("scan", step.params["length"], step.params["reverse"], step.params["num_consts"], step.params["num_carry"])
+    assert step.body is not None
+    return ("scan", step.params["length"], step.params["reverse"], len(step.body.consts), len(step.body.carry))
 
 
 # --- one block, on arrays -------------------------------------------------------------------------------------------
@@ -184,7 +185,9 @@ def _run(
         if step.body is None:
             outs: Sequence[Any] = jaxprs.bind(step, args)
         else:
-            outs, inner = _run_scan(step, args, env, taps, slots)
+            inside = [v for s in step.body.steps for v in _makes(s) if v in taps]
+            inner_slots = {v: slots[v] for v in inside} if slots is not None else None
+            outs, inner = jaxprs.run_scan(step, args, env, inner_slots, lambda s, local, at: _run(s, local, taps, at))
             measured.update(inner)
         for v, out in zip(step.outputs, outs, strict=True):
             if v in taps and jnp.issubdtype(out.dtype, jnp.inexact):
@@ -193,29 +196,6 @@ def _run(
                     out = _tap(out, slots[v], taps[v])
             env[v] = out
     return measured
-
-
-def _run_scan(
-    step: Op, args: Sequence[Any], env: dict[int, Any], taps: Mapping[int, int], slots: Mapping[int, Any] | None
-) -> tuple[list[Any], dict[int, Any]]:
-    body = step.body
-    assert body is not None
-    n_consts, n_carry = len(body.consts), len(body.carry)
-    held = {v: env[v] for v in (*body.consts, *body.constants) if v in env}
-    inside = [v for s in body.steps for v in _makes(s) if v in taps]
-    inner_slots = {v: slots[v] for v in inside} if slots is not None else None
-
-    def one(carry: Any, xs: Any) -> Any:
-        slices, at = xs
-        local = {**held, **dict(zip(body.carry, carry, strict=True)), **dict(zip(body.xs, slices, strict=True))}
-        found = _run(body.steps, local, taps, at)
-        return [local[v] for v in body.carry_out], ([local[v] for v in body.ys], found)
-
-    carry, (ys, measured) = jax.lax.scan(
-        one, list(args[n_consts : n_consts + n_carry]), (list(args[n_consts + n_carry :]), inner_slots),
-        length=step.params["length"], reverse=step.params["reverse"],
-    )  # fmt: skip
-    return [*carry, *ys], measured
 
 
 def _function(graph: Graph, block: Block) -> Callable[..., tuple[list[Any], list[Any]]]:

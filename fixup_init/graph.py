@@ -47,6 +47,7 @@ class Layer:
     node: int
     leaves: tuple[int, ...]  # parameter leaves that its kernel is made of, the largest first
     channel: int  # axis of the output that holds its features
+    features: int  # how many there are
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,6 +200,7 @@ def _weight_layer(
         free = len(shape) - len(contracted) - len(batch[sides[0]])
         channel = rank - 1 if sides[0] == 1 or not free else len(batch[0]) + free - 1
         kind_: Any = "dense"
+        features = fan_out
     elif op.primitive is p.conv_general_dilated_p:
         kernel = op.inputs[1]
         if not weight(kernel):
@@ -210,10 +212,12 @@ def _weight_layer(
         fan_in, fan_out = shape[in_axis] * field, shape[out_axis] // groups * field
         channel = op.params["dimension_numbers"].out_spec[1]
         kind_ = "conv"
+        features = shape[out_axis]
     elif op.primitive is p.gather_p and weight(op.inputs[0]):
         kernel = op.inputs[0]
         shape = program.shape(kernel)
         fan_in, fan_out = 1, math.prod(shape[1:])  # one row is read: a product with a one-hot vector
+        features = fan_out
         channel = len(program.shape(op.outputs[0])) - 1
         kind_ = "embedding"
     else:
@@ -222,7 +226,7 @@ def _weight_layer(
         (o for o in origins[kernel] if leaves[o].kind == "param"), key=lambda o: -math.prod(leaves[o].shape)
     )
     repeats = op.loop.repeats if op.loop is not None else 1
-    return Layer(leaves[made_of[0]].path, kind_, fan_in, fan_out, repeats, node, tuple(made_of), channel)
+    return Layer(leaves[made_of[0]].path, kind_, fan_in, fan_out, repeats, node, tuple(made_of), channel, features)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -289,9 +289,51 @@ def evaluate(program: Program, args: Sequence[Any]) -> list[Any]:
     """Runs a program on arrays, step by step and uncompiled: for the few steps that make some initial values."""
     env: dict[int, Any] = dict(program.constants)
     env.update(zip(program.inputs, args, strict=True))
-    for step in program.steps:
-        env.update(zip(step.outputs, bind(step, [env[v] for v in step.inputs]), strict=True))
+    _evaluate(program.steps, env)
     return [env[v] for v in program.outputs]
+
+
+def _evaluate(steps: Iterable[Op], env: dict[int, Any]) -> None:
+    for step in steps:
+        args = [env[v] for v in step.inputs]
+        if step.body is None:
+            outs = bind(step, args)
+        else:
+            outs, _ = run_scan(step, args, env, None, lambda steps, local, _: _evaluate(steps, local))
+        env.update(zip(step.outputs, outs, strict=True))
+
+
+def run_scan(
+    step: Op, args: Sequence[Any], env: dict[int, Any], extra: Any, run: Callable[[list[Op], dict[int, Any], Any], Any]
+) -> tuple[list[Any], Any]:
+    """Runs a scan whose body is evaluated by `run(steps, local values, extra of this pass)`.
+
+    Args:
+      step: a step with a body.
+      args: arrays of its inputs.
+      env: values around it, for the constants of its body.
+      extra: a tree of arrays with a leading axis of the scan's length, or None.
+      run: evaluates the body in place; what it returns is stacked.
+
+    Returns:
+      The step's results, and what `run` returned, stacked.
+    """
+    body = step.body
+    assert body is not None
+    n_consts, n_carry = len(body.consts), len(body.carry)
+    held = {v: env[v] for v in (*body.consts, *body.constants) if v in env}
+
+    def one(carry: Any, xs: Any) -> Any:
+        slices, at = xs
+        local = {**held, **dict(zip(body.carry, carry, strict=True)), **dict(zip(body.xs, slices, strict=True))}
+        found = run(body.steps, local, at)
+        return [local[v] for v in body.carry_out], ([local[v] for v in body.ys], found)
+
+    carry, (ys, found) = jax.lax.scan(
+        one, list(args[n_consts : n_consts + n_carry]), (list(args[n_consts + n_carry :]), extra),
+        length=step.params["length"], reverse=step.params["reverse"],
+    )  # fmt: skip
+    return [*carry, *ys], found
 
 
 def bind(op: Op, args: Sequence[Any]) -> list[Any]:
@@ -342,13 +384,40 @@ def _alive_steps(steps: list[Op], outputs: Iterable[int]) -> list[Op]:
     for step in reversed(steps):
         if any(o in needed for o in step.outputs):
             if step.body is not None:
-                body = step.body
-                inner = _alive_steps(body.steps, (*body.carry_out, *body.ys))
-                step = dataclasses.replace(step, body=dataclasses.replace(body, steps=inner))
+                step = _alive_scan(step, step.body, needed)
             needed.update(step.inputs)
             kept.append(step)
     kept.reverse()
     return kept
+
+
+def _alive_scan(step: Op, body: Body, needed: set[int]) -> Op:
+    """A scan without the carries and results that nothing needs, and without what only they need."""
+    n = len(body.carry)
+    carried = {k for k in range(n) if step.outputs[k] in needed}
+    stacked = [k for k in range(len(body.ys)) if step.outputs[n + k] in needed]
+    while True:
+        ends = [body.carry_out[k] for k in carried] + [body.ys[k] for k in stacked]
+        steps = _alive_steps(body.steps, ends)
+        read = {v for s in steps for v in s.inputs} | set(ends)
+        more = {k for k in range(n) if body.carry[k] in read} - carried
+        if not more:
+            break
+        carried |= more
+    kept = sorted(carried)
+    n_consts = len(body.consts)
+    consts = [k for k, v in enumerate(body.consts) if v in read]
+    xs = [k for k, v in enumerate(body.xs) if v in read]
+    inner = Body(
+        steps, tuple(body.consts[k] for k in consts), tuple(body.carry[k] for k in kept),
+        tuple(body.xs[k] for k in xs), tuple(body.carry_out[k] for k in kept), tuple(body.ys[k] for k in stacked),
+        body.constants,
+    )  # fmt: skip
+    chosen = [*consts, *(n_consts + k for k in kept), *(n_consts + n + k for k in xs)]
+    return dataclasses.replace(
+        step, inputs=tuple(step.inputs[k] for k in chosen), body=inner,
+        outputs=tuple(step.outputs[k] for k in [*kept, *(n + k for k in stacked)]),
+    )  # fmt: skip
 
 
 def _rewire(ops: list[Op], instead: dict[int, int]) -> list[Op]:

@@ -128,7 +128,9 @@ class Propagation:
     def drift(self, direction: Direction = "forward") -> Drift:
         """The trend of the stream."""
         rows = self.stream if direction == "forward" else self.stream[::-1]
-        measured = [(r.name, s) for r in rows if (s := r.forward if direction == "forward" else r.backward) is not None]
+        measured = [
+            (_place(r), s) for r in rows if (s := r.forward if direction == "forward" else r.backward) is not None
+        ]
         if not measured:
             return Drift(direction, 0, math.nan, math.nan, None, "zero")
         first, last = measured[0][1].second_moment, measured[-1][1].second_moment
@@ -219,6 +221,10 @@ class Comparison:
         from fixup_init.report.text import comparison_table
 
         return comparison_table(self)
+
+
+def _place(row: Row) -> str:
+    return row.name if row.repeat is None else f"{row.name}, pass {row.repeat + 1}"
 
 
 def _sentence(propagation: Propagation, drift: Drift) -> str:

@@ -357,7 +357,7 @@ def _parameters(traced: Traced, layers: dict[int, LayerInfo]) -> tuple[Parameter
             for v in graph.origins.get(value, ()):
                 if v not in uses:
                     continue
-                role = in_norms.get(v) or _role(graph, node, v)
+                role = in_norms.get(v) or _role(graph, node, value, v)
                 uses[v][role] = None
                 if role in ("norm_scale", "multiplier"):
                     neutral[v] = _neutral(graph, value, v)
@@ -377,7 +377,7 @@ _PRIORITY: list[Role] = [
 ]  # fmt: skip
 
 
-def _role(graph: Graph, node: int, leaf: int) -> Role:
+def _role(graph: Graph, node: int, value: int, leaf: int) -> Role:
     op = graph.op(node)
     assert op is not None
     if op.primitive in (p.mul_p, p.div_p):
@@ -388,19 +388,19 @@ def _role(graph: Graph, node: int, leaf: int) -> Role:
         )
         return "other" if piecewise else "multiplier"
     if op.primitive in (p.add_p, p.sub_p):
-        return "position" if _is_table(graph, node, leaf) else "bias"
+        return "position" if _is_table(graph, node, value, leaf) else "bias"
     return "other"
 
 
-def _is_table(graph: Graph, node: int, leaf: int) -> bool:
+def _is_table(graph: Graph, node: int, value: int, leaf: int) -> bool:
     """Whether an additive parameter varies over more than the features of the layer before it."""
-    sizes = tuple(n for n in graph.leaves[leaf].shape if n > 1)
-    if len(sizes) <= 1:
-        return False
+    size = min(math.prod(graph.leaves[leaf].shape), math.prod(graph.program.shape(value)))  # in one pass of a scan
+    if max((n for n in graph.program.shape(value)), default=1) == size:
+        return False  # a vector
     while len(graph.parents[node]) == 1:
         node = graph.parents[node][0]
         if node in graph.layers:
-            return math.prod(sizes) > graph.layers[node].fan_out
+            return size > graph.layers[node].features
     return True
 
 
