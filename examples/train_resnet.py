@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,19 +43,34 @@ from fixup_init.training import (
     sgd,
 )
 
-# What each data set is trained with unless the command line says otherwise. CIFAR-10 has the paper's settings. Digits
-# take small batches, since with 1,437 images the number of steps is what counts, and a smaller rate with them; a cosine
-# ends at zero however few the epochs are.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"batch_size": 32, "lr": 0.05, "epochs": 15, "schedule": "cosine"},
-    "fashion-mnist": {"batch_size": 128, "lr": 0.1, "epochs": 10, "schedule": "cosine"},
-    "cifar10": {"batch_size": 128, "lr": 0.1, "epochs": 200, "schedule": "step"},
+
+@dataclass(frozen=True)
+class Recipe:
+    """What depends on the data set unless the command line says otherwise."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    schedule: Literal["step", "cosine", "constant"]
+    crop: int
+    flip: bool
+
+
+# CIFAR-10 has the paper's settings. Digits take small batches, since with 1,437 images the number of steps is what
+# counts, and a smaller rate with them: at 0.1 a deep Fixup network can die. A cosine ends at zero for any number of epochs.
+# Crops and mirror images are those of `fixup_init.training.AUGMENT`, where the reasons are.
+RECIPES = {
+    "digits": Recipe(12, 32, 0.04, "cosine", AUGMENT["digits"].crop_padding, AUGMENT["digits"].flip),
+    "fashion-mnist": Recipe(
+        10, 128, 0.1, "cosine", AUGMENT["fashion-mnist"].crop_padding, AUGMENT["fashion-mnist"].flip
+    ),
+    "cifar10": Recipe(200, 128, 0.1, "step", AUGMENT["cifar10"].crop_padding, AUGMENT["cifar10"].flip),
 }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to train, on what, and for how long. `None` is the data set's default."""
+    """What to train, on what, and for how long. `None` leaves it to the data set's recipe."""
 
     norm: Literal["fixup", "batch", "group", "instance", "layer", "none"] = "fixup"
     """What stands after each convolution."""
@@ -68,7 +83,7 @@ class Settings:
     data_dir: Path | None = None
     """Where its official files are, or shall be; the cache directory of the system otherwise."""
     scheme: str | None = None
-    """Initialization: "fixup", "he_normal", "model" (the network's own) ... By default the one that suits --norm."""
+    """Initialization: "fixup", "he_normal", "model" (the network's own) ... By default Fixup for `--norm fixup`, He else."""
     epochs: int | None = None
     """Passes over the training set."""
     batch_size: int | None = None
@@ -96,24 +111,24 @@ class Settings:
     checkpoint_dir: Path | None = None
     """Directory for the variables after each of the last three epochs, as Orbax checkpoints."""
 
-    def complete(self) -> "Settings":
-        """With the defaults of the data set filled in, and of the scheme: He is what a user takes without Fixup."""
-        augment = AUGMENT[self.data]
-        scheme = "fixup" if self.norm == "fixup" else "he_normal"
-        defaults = {"scheme": scheme, "crop": augment.crop_padding, "flip": augment.flip, **DEFAULTS[self.data]}
-        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+    def recipe(self) -> Recipe:
+        """The recipe of the data set, with what the command line says in its place."""
+        given = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        return replace(RECIPES[self.data], **{name: value for name, value in given.items() if value is not None})
 
 
 def train(settings: Settings) -> tuple[dict[str, Any], History]:
-    """Runs the training that complete settings describe; returns the result line and the whole record."""
+    """Runs the training; returns the result line and the whole record."""
+    recipe = settings.recipe()
     dataset = load(settings.data, settings.data_dir)
     model = cifar_resnet(settings.depth, norm=settings.norm, num_classes=dataset.num_classes, width=settings.width)
-    images = jax.ShapeDtypeStruct((settings.batch_size, *dataset.image_shape), jnp.float32)
-    plan = fi.plan(model, images, train=True, scheme=settings.scheme)
+    images = jax.ShapeDtypeStruct((recipe.batch_size, *dataset.image_shape), jnp.float32)
+    scheme = settings.scheme or ("fixup" if settings.norm == "fixup" else "he_normal")
+    plan = fi.plan(model, images, train=True, scheme=scheme)
     variables = fi.init(model, jax.random.key(settings.seed), images, train=True, scheme=plan)
 
-    steps = settings.epochs * (len(dataset.train_images) // settings.batch_size)
-    rate = learning_rate(settings.schedule, settings.lr, steps, settings.warmup)
+    steps = recipe.epochs * (len(dataset.train_images) // recipe.batch_size)
+    rate = learning_rate(recipe.schedule, recipe.lr, steps, settings.warmup)
     tx = fi.optimizer(sgd(rate, momentum=0.9, weight_decay=settings.weight_decay), plan)
 
     checkpoints = nullcontext() if settings.checkpoint_dir is None else open_checkpoints(settings.checkpoint_dir)
@@ -124,23 +139,24 @@ def train(settings: Settings) -> tuple[dict[str, Any], History]:
             tx,
             dataset,
             steps=steps,
-            batch_size=settings.batch_size,
+            batch_size=recipe.batch_size,
             seed=settings.seed,
-            augment=Augment(settings.crop, settings.flip, settings.mixup),
+            augment=Augment(recipe.crop, recipe.flip, settings.mixup),
             rate=rate,
             max_seconds=None if settings.max_minutes is None else 60 * settings.max_minutes,
             on_divergence="stop",
             on_progress=bar(f"ResNet-{settings.depth} {settings.norm}"),
             on_epoch=None if manager is None else saver(manager),
         )
-    return summary(settings, variables["params"], history), history
+    used = {**asdict(settings), **asdict(recipe), "scheme": scheme}
+    return summary(used, variables["params"], history), history
 
 
-def summary(settings: Settings, params: Any, history: History) -> dict[str, Any]:
+def summary(used: dict[str, Any], params: Any, history: History) -> dict[str, Any]:
     """The result line: settings, size, losses, accuracy, speed."""
     epochs = history.to_dict()["epochs"]
     return {
-        **{name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()},
+        **{name: str(value) if isinstance(value, Path) else value for name, value in used.items()},
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "steps": len(history.losses),
         "train_loss": epochs[-1]["train_loss"] if epochs else None,
@@ -182,7 +198,7 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 def main(settings: Settings) -> int:
     """Trains, prints the result as one line of JSON, and returns the exit status."""
     try:
-        result, history = train(settings.complete())
+        result, history = train(settings)
     except (DataFileError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

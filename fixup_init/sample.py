@@ -1,7 +1,8 @@
 """Plan -> parameters. Knows nothing of models.
 
 Every leaf has a key of its own, derived from its path, so that adding a layer changes no other layer. Leaves of one
-shape, dtype and distribution are drawn together.
+shape, dtype and distribution are drawn together. Numbers are drawn in blocks of one size, each with a key of its own,
+so that one compilation serves all shapes: compiling the generator takes longer than drawing with it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Key, Shaped, UInt32
 
 from fixup_init.plan import Entry
 
-__all__ = ["keys_of_paths", "sample"]
+__all__ = ["sample"]
 
 # Standard deviation of a standard normal truncated to [-2, 2].
 _TRUNCATED = 0.87962566103423978
@@ -28,7 +29,7 @@ _BLOCK = 1 << 14  # numbers drawn from one key
 _BATCH = 16  # blocks drawn in one call
 
 
-def sample(entries: Sequence[Entry], key: Key[Array, ""] | UInt32[Array, words]) -> dict[str, Shaped[Array, ...]]:
+def sample(entries: Sequence[Entry], key: Key[Array, ""] | UInt32[Array, "words"]) -> dict[str, Shaped[Array, "..."]]:
     """Draws the entries that say how.
 
     Args:
@@ -49,64 +50,52 @@ def sample(entries: Sequence[Entry], key: Key[Array, ""] | UInt32[Array, words])
         elif e.distribution != "model":
             groups[e.shape, e.dtype, e.distribution].append(e)
     for (shape, dtype, distribution), group in groups.items():
-        keys = keys_of_paths(key, [e.path for e in group])
         compute = _compute_dtype(dtype)
-        units = _units(keys, math.prod(shape), compute, distribution)
-        stds = np.asarray([e.std for e in group], compute)
-        drawn.update((e.path, _scaled(units, np.int32(k), stds[k], shape, dtype)) for k, e in enumerate(group))
+        per_leaf = -(-math.prod(shape) // _BLOCK)
+        units = _units(key, [e.path for e in group], per_leaf, compute, distribution)
+        for k, e in enumerate(group):
+            std = np.asarray(e.std, compute)
+            drawn[e.path] = _leaf(units, np.int32(k * per_leaf), std, per_leaf, shape, dtype)
     return drawn
 
 
-def keys_of_paths(key: Key[Array, ""], paths: Sequence[str]) -> Key[Array, paths]:
-    """One key for each path: the key folded with 64 bits of the path's hash."""
-    digests = [hashlib.sha256(path.encode()).digest()[:8] for path in paths]
-    words = np.frombuffer(b"".join(digests), dtype=">u4").astype(np.uint32).reshape(-1, 2)
-    return _fold(key, words)
+def _units(
+    key: Key[Array, ""], paths: Sequence[str], per_leaf: int, dtype: np.dtype, distribution: str
+) -> Float[Array, "blocks b"]:
+    """Draws of mean 0 and variance 1: `per_leaf` blocks for each path."""
+    rows = [(*_words(path), n) for path in paths for n in range(per_leaf)]
+    rows += rows[-1:] * (-len(rows) % _BATCH)  # every call draws as many
+    words = np.asarray(rows, np.uint32).reshape(-1, _BATCH, 3)
+    batches = [_draw(key, batch, dtype, distribution) for batch in words]
+    return batches[0] if len(batches) == 1 else jnp.concatenate(batches)
 
 
-@jax.jit
-def _fold(key: Key[Array, ""], words: UInt32[Array, "paths 2"]) -> Key[Array, paths]:
-    return jax.vmap(lambda w: jax.random.fold_in(jax.random.fold_in(key, w[0]), w[1]))(words)
-
-
-def _units(keys: Key[Array, leaves], size: int, dtype: np.dtype, distribution: str) -> Float[Array, "leaves blocks b"]:
-    """Draws of mean 0 and variance 1, `size` for each key, in whole blocks.
-
-    Every block has a key of its own and every call draws the same number of blocks, so that one compilation serves all
-    shapes: compiling the generator takes longer than drawing with it.
-    """
-    per_leaf = -(-size // _BLOCK)
-    leaves = keys.shape[0]
-    blocks = _blocks(keys, np.arange(per_leaf, dtype=np.uint32)).reshape(-1)
-    calls = -(-blocks.shape[0] // _BATCH)
-    fill = np.minimum(np.arange(calls * _BATCH), blocks.shape[0] - 1)  # the last call repeats the last block
-    batches = [_draw(blocks[fill[i : i + _BATCH]], dtype, distribution) for i in range(0, len(fill), _BATCH)]
-    drawn = batches[0] if calls == 1 else jnp.concatenate(batches)
-    return drawn[: blocks.shape[0]].reshape(leaves, per_leaf, _BLOCK)
-
-
-@jax.jit
-def _blocks(keys: Key[Array, leaves], numbers: UInt32[Array, blocks]) -> Key[Array, "leaves blocks"]:
-    return jax.vmap(lambda k: jax.vmap(lambda n: jax.random.fold_in(k, n))(numbers))(keys)
+def _words(path: str) -> tuple[int, int]:
+    """64 bits of the path's hash."""
+    digest = hashlib.sha256(path.encode()).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "distribution"))
-def _draw(keys: Key[Array, batch], dtype: np.dtype, distribution: str) -> Float[Array, "batch b"]:
-    def one(key: Key[Array, ""]) -> Float[Array, b]:
+def _draw(
+    key: Key[Array, ""], words: UInt32[Any, "batch 3"], dtype: np.dtype, distribution: str
+) -> Float[Array, "batch b"]:
+    def one(row: UInt32[Array, "3"]) -> Float[Array, "b"]:
+        own = functools.reduce(jax.random.fold_in, row, key)
         if distribution == "normal":
-            return jax.random.normal(key, (_BLOCK,), dtype)
+            return jax.random.normal(own, (_BLOCK,), dtype)
         if distribution == "truncated_normal":
-            return jax.random.truncated_normal(key, -2, 2, (_BLOCK,), dtype) / np.asarray(_TRUNCATED, dtype)
-        return jax.random.uniform(key, (_BLOCK,), dtype, -1, 1) * np.asarray(math.sqrt(3), dtype)
+            return jax.random.truncated_normal(own, -2, 2, (_BLOCK,), dtype) / np.asarray(_TRUNCATED, dtype)
+        return jax.random.uniform(own, (_BLOCK,), dtype, -1, 1) * np.asarray(math.sqrt(3), dtype)
 
-    return jax.lax.map(one, keys)
+    return jax.lax.map(one, words)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _scaled(
-    units: Float[Array, "leaves blocks b"], leaf: Any, std: Any, shape: tuple[int, ...], dtype: str
-) -> Shaped[Array, ...]:
-    flat = jax.lax.dynamic_index_in_dim(units, leaf, keepdims=False).reshape(-1)
+@functools.partial(jax.jit, static_argnames=("per_leaf", "shape", "dtype"))
+def _leaf(
+    units: Float[Array, "blocks b"], first: Any, std: Any, per_leaf: int, shape: tuple[int, ...], dtype: str
+) -> Shaped[Array, "..."]:
+    flat = jax.lax.dynamic_slice_in_dim(units, first, per_leaf).reshape(-1)
     return (flat[: math.prod(shape)].reshape(shape) * std).astype(dtype)
 
 

@@ -33,8 +33,8 @@ class Augment:
 
 NO_AUGMENT = Augment(crop_padding=0, flip=False, mixup=0.0)
 
-# CIFAR-10 as in the paper, Fashion-MNIST in proportion. Digits are centered in their 8x8 box, where a shift by one pixel
-# costs more accuracy in a short training than it brings, and a mirrored digit is none, or another one.
+# CIFAR-10 as in the paper, Fashion-MNIST in proportion. Digits are centered in their 8x8 box: a shift by one pixel
+# costs more accuracy in a short training than it brings; and a mirrored digit is none, or another one.
 AUGMENT: dict[str, Augment] = {
     "digits": NO_AUGMENT,
     "fashion-mnist": Augment(crop_padding=2, flip=True),

@@ -139,8 +139,8 @@ def _evaluate(
         images, labels = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))), np.pad(labels, (0, missing))
         counted = np.pad(np.ones(size - missing, np.float32), (0, missing))
         sums.append(_test_step(params, collections, images, labels, counted, pixels, forward=forward))
-    loss, accuracy = np.sum(jax.device_get(sums), axis=0, dtype=np.float64) / count
-    return float(loss), float(accuracy)
+    loss, accuracy = (np.asarray(jax.device_get(sums), np.float64).sum(0) / count).tolist()
+    return loss, accuracy
 
 
 def fit(
