@@ -57,8 +57,9 @@ class Recipe:
 
 
 # CIFAR-10 has the paper's settings. Digits take small batches, since with 1,437 images the number of steps is what
-# counts, and a smaller rate with them: at 0.1 a deep Fixup network can die. A cosine ends at zero for any number of epochs.
-# Crops and mirror images are those of `fixup_init.training.AUGMENT`, where the reasons are.
+# counts, and a smaller rate with them: at 0.1 a deep Fixup network can die. A cosine ends at zero after any number of
+# epochs. Crops and mirror images are those of `fixup_init.training.AUGMENT`, where the
+# reasons are.
 RECIPES = {
     "digits": Recipe(12, 32, 0.04, "cosine", AUGMENT["digits"].crop_padding, AUGMENT["digits"].flip),
     "fashion-mnist": Recipe(
@@ -83,7 +84,7 @@ class Settings:
     data_dir: Path | None = None
     """Where its official files are, or shall be; the cache directory of the system otherwise."""
     scheme: str | None = None
-    """Initialization: "fixup", "he_normal", "model" (the network's own) ... By default Fixup for `--norm fixup`, He else."""
+    """Initialization: "fixup", "model" (the network's own), "he_normal" ...; by default the one for --norm."""
     epochs: int | None = None
     """Passes over the training set."""
     batch_size: int | None = None
@@ -123,7 +124,8 @@ def train(settings: Settings) -> tuple[dict[str, Any], History]:
     dataset = load(settings.data, settings.data_dir)
     model = cifar_resnet(settings.depth, norm=settings.norm, num_classes=dataset.num_classes, width=settings.width)
     images = jax.ShapeDtypeStruct((recipe.batch_size, *dataset.image_shape), jnp.float32)
-    scheme = settings.scheme or ("fixup" if settings.norm == "fixup" else "he_normal")
+    # He by fan_out is what Fixup scales, and what the ResNets of both papers start from.
+    scheme = settings.scheme or ("fixup" if settings.norm == "fixup" else "he_normal_fan_out")
     plan = fi.plan(model, images, train=True, scheme=scheme)
     variables = fi.init(model, jax.random.key(settings.seed), images, train=True, scheme=plan)
 

@@ -142,8 +142,8 @@ def measure(
     values = _values(traced, params, state, key)
     cut = blocks.cut(graph, axes, keep=starts)
 
-    def report(what: str) -> Callable[[int, int], None] | None:
-        return (lambda done, of: progress(f"{label}: {what}", done, of)) if progress is not None else None
+    def report(what: str) -> Callable[[int, int], None]:
+        return lambda done, of: progress(f"{label}: {what}", done, of) if progress is not None else None
 
     env, forward = blocks.forward(graph, cut, values, report("forward"))
     cotangents = {

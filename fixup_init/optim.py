@@ -56,7 +56,7 @@ def scale_by_plan(plan: Plan) -> optax.GradientTransformation:
             )
         return optax.EmptyState()
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
         del params
         return jax.tree_util.tree_map_with_path(lambda path, u: u * rates[path_of(path)], updates), state
 

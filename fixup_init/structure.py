@@ -346,7 +346,10 @@ def _parameters(traced: Traced, layers: dict[int, LayerInfo]) -> tuple[Parameter
             of_layer[v].append(layers[node])
     in_norms: dict[int, Role] = {}
     for norm in traced.norms:
-        in_norms.update(dict.fromkeys(norm.scale, "norm_scale") | dict.fromkeys(norm.bias, "norm_bias"))
+        for v in norm.scale:
+            in_norms[v] = "norm_scale"
+        for v in norm.bias:
+            in_norms[v] = "norm_bias"
     for node in graph.parents:
         op = graph.op(node)
         if op is None or node in graph.layers:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fixup_init import frameworks, graph, jaxprs, normalization, residual
 from fixup_init.frameworks import Application, ModelError
@@ -54,7 +55,7 @@ def trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], normalizati
     except jaxprs.UnknownPrimitiveError:
         raise
     except Exception as error:
-        raise ModelError(frameworks._failed(application.name, "traced", args, kwargs, error)) from error
+        raise ModelError(frameworks.failed(application.name, "traced", args, kwargs, error)) from error
     if not shapes:
         raise ModelError(
             f"{application.name} returned {_shown(results[0])}, which holds no array. The structure is that of what "
@@ -97,4 +98,4 @@ def _shown(result: Any) -> str:
 
 
 def _is_key(x: Any) -> bool:
-    return bool(jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+    return bool(jnp.issubdtype(x.dtype, jax.dtypes.prng_key))

@@ -91,7 +91,7 @@ def test_what_is_no_model() -> None:
 
 
 def test_what_is_no_key() -> None:
-    with pytest.raises(TypeError, match="jax.random.key"):
+    with pytest.raises(TypeError, match=r"jax\.random\.key"):
         fi.init(nn.Dense(3), "seed", VECTORS)
 
 

@@ -108,7 +108,7 @@ def test_removed_normalization_leaves_the_plain_network() -> None:
     plain = fi.structure(cifar_resnet(20, norm="none"), IMAGES)
     assert not removed.norms
     assert removed.branches == tuple(
-        dataclasses.replace(b, scope=r.scope) for b, r in zip(plain.branches, removed.branches)
+        dataclasses.replace(b, scope=r.scope) for b, r in zip(plain.branches, removed.branches, strict=True)
     )
 
 

@@ -169,7 +169,7 @@ def test_a_pure_function_trains_as_well(digits):
     assert history.test_accuracy > 0.7 and history.variables.keys() == params.keys()
 
 
-@pytest.mark.parametrize(("norm", "scheme"), [("batch", "he_normal"), ("fixup", "fixup")])
+@pytest.mark.parametrize(("norm", "scheme"), [("batch", "he_normal_fan_out"), ("fixup", "fixup")])
 def test_the_reference_networks_train_under_their_plan(digits, norm, scheme):
     model, x = cifar_resnet(8, norm=norm, width=8), jax.ShapeDtypeStruct((32, *digits.image_shape), jnp.float32)
     plan = fi.plan(model, x, train=True, scheme=scheme)
@@ -352,7 +352,7 @@ def test_the_example_trains_and_leaves_its_files(tmp_path):
 
 def test_the_example_reports_divergence_with_status_1():
     result, message = run_example("--norm none --depth 8 --width 4 --epochs 1 --lr 1e8", expect=1)
-    assert result["diverged_at"] > 1 and result["scheme"] == "he_normal"
+    assert result["diverged_at"] > 1 and result["scheme"] == "he_normal_fan_out"
     assert f"step {result['diverged_at']} " in message and "at learning rate" in message
 
 

@@ -26,13 +26,13 @@ VECTORS = jax.ShapeDtypeStruct((8, 16), jnp.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, its inputs, and what `fi.structure` must find: (depth, order, skip) of its distinct branches, in order."""
+    """A model, its inputs, and what `fi.structure` must find."""
 
     name: str
     make: Callable[[], Any]
     inputs: tuple[Any, ...]
     L: int
-    branches: tuple[tuple[int, float, str], ...]  # of every branch, repeats folded by the scan
+    branches: tuple[tuple[int, float, str], ...]  # (depth, order, skip) of each; a scan body's stand once
     norms: int
     stem: str | None
     head: str | None
@@ -248,8 +248,8 @@ def _resnets() -> list[Case]:
         branches = tuple((3, 1.0 if pre else 0.0, s) for s in skips)
         norms = 16 * 3 + 1 + (0 if pre else 4)
         cases.append(
-            Case(f"resnet50-{v}", lambda p=pre: imagenet_resnet(50, norm="batch", preactivation=p), (LARGE,), 16, branches,
-                 norms, "conv1/kernel", "fc/kernel", projections=4)
+            Case(f"resnet50-{v}", lambda p=pre: imagenet_resnet(50, norm="batch", preactivation=p), (LARGE,), 16,
+                 branches, norms, "conv1/kernel", "fc/kernel", projections=4)
         )  # fmt: skip
         cases.append(
             Case(f"resnet50-{v}-nnx",
@@ -265,7 +265,8 @@ ATTENTION, MLP, GATED = (2, 2.0, "identity"), (2, 2.0, "identity"), (2, 3.0, "id
 ZOO: tuple[Case, ...] = (
     *_resnets(),
     Case("resnet110-fixup", lambda: cifar_resnet(110, norm="fixup"), (IMAGES,), 54,
-         tuple((2, 2.0, "reshape" if k in (18, 36) else "identity") for k in range(54)), 0, "conv1/kernel", "fc/kernel"),
+         tuple((2, 2.0, "reshape" if k in (18, 36) else "identity") for k in range(54)), 0, "conv1/kernel",
+         "fc/kernel"),
     Case("resnet50-fixup", lambda: imagenet_resnet(50, norm="fixup"), (LARGE,), 16,
          tuple((3, 3.0, "projection" if k in (0, 3, 7, 13) else "identity") for k in range(16)), 0, "conv1/kernel",
          "fc/kernel", projections=4),

@@ -27,11 +27,7 @@ def adapt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Applicat
     import flax.linen
     from flax import nnx
 
-    if isinstance(model, flax.linen.Module):
-        from fixup_init.frameworks import linen as framework
-    elif isinstance(model, nnx.Module):
-        from fixup_init.frameworks import nnx as framework
-    else:
+    if not isinstance(model, (flax.linen.Module, nnx.Module)):
         hint = " Make an instance: Model(...)." if isinstance(model, type) else ""
         raise TypeError(
             f"model is {model!r} of type {type(model).__name__}; expected a Flax Linen module, a Flax NNX module or "
@@ -39,11 +35,17 @@ def adapt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Applicat
         )
     _need_arrays(type(model).__name__, args, kwargs)
     try:
-        return framework.adapt(model, args, kwargs)
+        if isinstance(model, flax.linen.Module):
+            from fixup_init.frameworks import linen
+
+            return linen.adapt(model, args, kwargs)
+        from fixup_init.frameworks import nnx as module
+
+        return module.adapt(model, args, kwargs)
     except UnknownPrimitiveError:
         raise
     except Exception as error:
-        raise ModelError(_failed(type(model).__name__, "initialized", args, kwargs, error)) from error
+        raise ModelError(failed(type(model).__name__, "initialized", args, kwargs, error)) from error
 
 
 def describe(tree: Any) -> str:
@@ -63,7 +65,7 @@ def _need_arrays(name: str, args: Any, kwargs: Any) -> None:
         )
 
 
-def _failed(name: str, what: str, args: Any, kwargs: Any, error: Exception) -> str:
+def failed(name: str, what: str, args: Any, kwargs: Any, error: Exception) -> str:
     return (
         f"{name} could not be {what} on inputs ({describe((args, kwargs))}): {type(error).__name__}: {error}\n"
         "Give the arguments that the model itself takes after the key (their shapes with the batch axis, dtypes, and "

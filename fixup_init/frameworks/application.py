@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
@@ -61,7 +62,7 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _numeric(x: Any) -> bool:
-    return not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
+    return not jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 
 def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
