@@ -2,7 +2,7 @@
 
     python examples/train_resnet.py                              # digits, Fixup, depth 20: TBD % in TBD s on 2 cores
     python examples/train_resnet.py --norm batch                 # the same with batch norm: TBD % in TBD s
-    python examples/train_resnet.py --norm none --depth 56       # neither: stops at step TBD, the loss is not finite
+    python examples/train_resnet.py --norm none --depth 56       # neither: TBD %, one in ten is chance
     python examples/train_resnet.py --data fashion-mnist --epochs 3 --max-minutes 20         # TBD % on 2 cores
     python examples/train_resnet.py --data cifar10 --depth 110 --mixup 1                     # the paper's run; GPU
 

@@ -166,7 +166,7 @@ def _scan_signature(step: Op) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _tap(x: Shaped[Array, ...], slot: Float[Array, statistics], channel: int) -> Shaped[Array, ...]:
+def _tap(x: Shaped[Array, "..."], slot: Float[Array, "5"], channel: int) -> Shaped[Array, "..."]:
     """x; the cotangent of `slot` is the statistics of the cotangent of x."""
     del slot, channel
     return x

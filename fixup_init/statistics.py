@@ -15,7 +15,7 @@ __all__ = ["SIZE", "measure", "read"]
 SIZE = 5
 
 
-def measure(x: Shaped[Array, ...], channel: int) -> Float[Array, statistics]:
+def measure(x: Shaped[Array, "..."], channel: int) -> Float[Array, "5"]:
     """Statistics of an array, scaled so that a signal near the edge of its dtype does not overflow in its square.
 
     Args:
