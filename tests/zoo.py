@@ -235,13 +235,12 @@ def _resnets() -> list[Case]:
                 Case(f"resnet{depth}-{v}", lambda d=depth, p=pre: cifar_resnet(d, norm="batch", preactivation=p),
                      (IMAGES,), 3 * n, branches, norms, "conv1/kernel", "fc/kernel")
             )  # fmt: skip
-            if depth < 110:
-                cases.append(
-                    Case(f"resnet{depth}-{v}-nnx",
-                         lambda d=depth, p=pre: nnx.eval_shape(
-                             lambda: resnet_nnx.cifar_resnet(d, "batch", preactivation=p, rngs=nnx.Rngs(0))),
-                         (IMAGES,), 3 * n, branches, norms, "conv1/kernel", "fc/kernel")
-                )  # fmt: skip
+            cases.append(
+                Case(f"resnet{depth}-{v}-nnx",
+                     lambda d=depth, p=pre: nnx.eval_shape(
+                         lambda: resnet_nnx.cifar_resnet(d, "batch", preactivation=p, rngs=nnx.Rngs(0))),
+                     (IMAGES,), 3 * n, branches, norms, "conv1/kernel", "fc/kernel")
+            )  # fmt: skip
     for pre in (False, True):
         v = "v2" if pre else "v1"
         skips = ["projection" if k in (0, 3, 7, 13) else "identity" for k in range(16)]

@@ -38,15 +38,15 @@ def progress_bar(console: Console | None = None) -> Iterator[Callable[[str], Cal
     with Bar(*columns, console=console, disable=not console.is_terminal) as bars:
 
         def add(description: str) -> Callable[[Progress], None]:
-            task, last = bars.add_task(description, total=None, status="starting"), [""]
+            task, before = bars.add_task(description, total=None, status="starting"), ["start"]
 
             def on_progress(progress: Progress) -> None:
                 text = status(progress)
                 bars.update(task, total=progress.steps, completed=progress.step, status=text, refresh=True)
-                key = f"{progress.phase} {progress.epoch:.2f}" if progress.phase != "training" else last[0]
-                if not console.is_terminal and key != last[0]:
-                    console.print(f"{description}: step {progress.step} of {progress.steps}, {text}", soft_wrap=True)
-                    last[0] = key
+                told = progress.phase == "compiling" or before[0] == "evaluating"
+                if told and not console.is_terminal:
+                    console.print(f"{description}: step {progress.step} of {progress.steps}  {text}", soft_wrap=True)
+                before[0] = progress.phase
 
             return on_progress
 
