@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from fixup_init.training.record import Progress
@@ -29,13 +29,12 @@ def progress_bar(console: Console | None = None) -> Iterator[Callable[[str], Cal
     console = console or Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=None),  # what is left of the line
         MofNCompleteColumn(),
         TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Bar(*columns, console=console, disable=not console.is_terminal, expand=True) as bars:
 
         def add(description: str) -> Callable[[Progress], None]:
             task, before = bars.add_task(description, total=None, status="starting"), ["start"]
@@ -60,11 +59,13 @@ def status(progress: Progress) -> str:
       >>> status(Progress("training", 10, 100, 0.5, loss=1.5, test_accuracy=0.75, images_per_second=812.0))
       'loss 1.500  accuracy 75.0%  812 images/s'
     """
-    parts = [] if progress.phase in ("training", "done") else [progress.phase]
+    parts = []
     if progress.loss is not None:
         parts.append(f"loss {progress.loss:#.4g}")
     if progress.test_accuracy is not None:
         parts.append(f"accuracy {progress.test_accuracy:.1%}")
-    if progress.images_per_second is not None:
+    if progress.phase in ("compiling", "evaluating"):
+        parts.append(progress.phase)
+    elif progress.images_per_second is not None:
         parts.append(f"{progress.images_per_second:,.0f} images/s")
     return "  ".join(parts)
