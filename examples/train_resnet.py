@@ -16,7 +16,6 @@ Needs: python -m pip install "fixup_init[examples]"
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 import tyro
 
 import fixup_init as fi
+from fixup_init.files import replacing
 from fixup_init.models.resnet import cifar_resnet
 from fixup_init.training import (
     AUGMENT,
@@ -58,8 +58,7 @@ class Recipe:
 
 # CIFAR-10 has the paper's settings. Digits take small batches, since with 1,437 images the number of steps is what
 # counts, and a smaller rate with them: at 0.1 a deep Fixup network can die. A cosine ends at zero after any number of
-# epochs. Crops and mirror images are those of `fixup_init.training.AUGMENT`, where the
-# reasons are.
+# epochs. Crops and mirror images are those of `fixup_init.training.AUGMENT`, where the reasons are.
 RECIPES = {
     "digits": Recipe(12, 32, 0.04, "cosine", AUGMENT["digits"].crop_padding, AUGMENT["digits"].flip),
     "fashion-mnist": Recipe(
@@ -189,14 +188,6 @@ def saver(manager: Any) -> Callable[[Epoch, Any], None]:
     return save
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes under a temporary name first, so that the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, indent=1, allow_nan=False))
-    temporary.replace(path)
-
-
 def main(settings: Settings) -> int:
     """Trains, prints the result as one line of JSON, and returns the exit status."""
     try:
@@ -207,7 +198,10 @@ def main(settings: Settings) -> int:
     if history.message is not None:
         print(history.message, file=sys.stderr)
     if settings.json is not None:
-        write_json(settings.json, {"result": result, "history": history.to_dict()})
+        with replacing(settings.json) as temporary:
+            temporary.write_text(
+                json.dumps({"result": result, "history": history.to_dict()}, indent=1, allow_nan=False)
+            )
     print(json.dumps(result, allow_nan=False))
     return 0 if history.diverged_at is None else 1
 

@@ -107,7 +107,7 @@ class Demo:
 
     depth: int = 56
     """Layers of the networks, 6n + 2."""
-    epochs: int = 8
+    epochs: int = 14
     """Passes over the 1,437 training images."""
     seeds: int = 1
     """Trainings of each network."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fixup_init.extras import require
+from fixup_init.files import replacing
 from fixup_init.propagation import Comparison, Direction, Propagation
-from fixup_init.report.files import replacing
 from fixup_init.report.layout import Line, line, propagations, unit
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fixup_init.extras import require
+from fixup_init.files import replacing
 from fixup_init.propagation import Comparison, Propagation, Row, Statistics
-from fixup_init.report.files import replacing
 from fixup_init.report.layout import number, positions, propagations, shape, spaced, title, words
 from fixup_init.report.records import TrainingRun
 from fixup_init.report.tree import tree

@@ -1,0 +1,116 @@
+"""The command line, as real processes on models in real files."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+NETS = """
+import flax.linen as nn
+
+class Net(nn.Module):
+    depth: int = 2
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        x = nn.Conv(8, (3, 3))(x)
+        for _ in range(self.depth):
+            y = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(8, (3, 3))(x)))
+            x = x + nn.Conv(8, (3, 3))(y)
+        return nn.Dense(10)(x.mean((1, 2)))
+
+model = Net()
+number = 3
+
+def deep(depth=5):
+    return Net(depth)
+
+def needs(depth):
+    return Net(depth)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("nets")
+    (folder / "nets.py").write_text(NETS)
+    return folder
+
+
+def run(folder: pathlib.Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fixup_init", *args], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_inspect(folder: pathlib.Path) -> None:
+    shown = run(folder, "inspect", "nets.py:model", "--input", "4,16,16,3", "--scheme", "fixup")
+    assert shown.returncode == 0, shown.stderr
+    assert "L = 2" in shown.stdout and "head: zero" in shown.stdout
+    data = run(folder, "inspect", "nets:deep", "--input", "4,16,16,3", "--arg", "train=False", "--json")
+    found = json.loads(data.stdout)
+    assert found["num_branches"] == 5 and found["norms"][0]["form"] == "inference"
+
+
+def test_analyze(folder: pathlib.Path) -> None:
+    done = run(
+        folder,
+        "analyze",
+        "nets.py:model",
+        "--input",
+        "4,8,8,3",
+        "--json",
+        "--html",
+        "out/page.html",
+        "--figure",
+        "f.png",
+    )
+    assert done.returncode == 0, done.stderr
+    labels = [one["label"] for one in json.loads(done.stdout)["propagations"]]
+    assert labels == ["model, kept", "model, removed", "fixup, removed"]
+    assert "<html" in (folder / "out/page.html").read_text()
+    assert (folder / "f.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (folder / "out").iterdir()) == ["page.html"]
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["nets.py:nope", "--input", "4,8,8,3"], "has no attribute 'nope'; it has"),
+        (["none.py:model", "--input", "4,8,8,3"], "There is no file none.py"),
+        (["nowhere.at.all:model", "--input", "4,8,8,3"], "No module 'nowhere'"),
+        (["nets.py", "--input", "4,8,8,3"], "expected package.module:attribute"),
+        (["nets.py:model", "--input", "4,x"], "expected sizes and maybe a dtype"),
+        (["nets.py:model", "--input", "4,0,8,3"], "sizes are at least 1"),
+        (["nets.py:model", "--input", "4,8,8,3:float33"], "expected sizes and maybe a dtype"),
+        (["nets.py:model", "--input", "4,8,8,3", "--arg", "train"], "expected name=value"),
+        (["nets.py:needs", "--input", "4,8,8,3"], "without required arguments"),
+        (["nets.py:number", "--input", "4,8,8,3"], "expected a Flax Linen module"),
+        (["nets.py:model", "--input", "4,8"], "could not be initialized"),
+        (["nets.py:model", "--input", "4,8,8,3", "--scheme", "fixap"], "did you mean 'fixup'"),
+    ],
+)
+def test_errors(folder: pathlib.Path, args: list[str], says: str, capsys: pytest.CaptureFixture[str],
+                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from fixup_init.cli import main
+
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    assert main(["inspect", *args]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: pathlib.Path) -> None:
+    done = run(tmp_path, "demo", "--depth", "20", "--epochs", "2", "--out", "report")
+    assert done.returncode == 0, done.stderr
+    for text in ("L = 9", "Drift with depth", "Fixup: The signal is flat", "test accuracy"):
+        assert text in done.stdout
+    result = json.loads((tmp_path / "report/result.json").read_text())
+    assert [n["network"] for n in result["networks"]] == ["batch norm", "no normalization, He", "Fixup"]
+    assert (tmp_path / "report/report.html").stat().st_size > 1e6
+    assert (tmp_path / "report/drift.png").stat().st_size < 200_000
