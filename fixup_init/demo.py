@@ -23,8 +23,8 @@ from fixup_init.models.resnet import ResNet, cifar_resnet
 
 __all__ = ["NETWORKS", "Network", "demo"]
 
-# Small, so that three trainings fit into two minutes. The rate of 0.1 in the paper is for CIFAR-10 in batches of 128; with
-# 32 digits a step, 0.04 is where both batch norm and Fixup train.
+# Small, so that three trainings fit into two minutes. The rate of 0.1 in the paper is for CIFAR-10 in batches of 128;
+# with 32 digits a step, 0.04 is where both batch norm and Fixup train.
 WIDTH, BATCH, RATE, DECAY = 8, 32, 0.04, 1e-4
 
 
