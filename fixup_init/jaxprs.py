@@ -22,7 +22,9 @@ import numpy as np
 from jax.extend.core import Literal, Primitive
 from jax.extend.core import primitives as p
 
-__all__ = ["Body", "Loop", "Marker", "Op", "Program", "UnknownPrimitiveError", "bind", "evaluate", "flatten", "trace"]
+__all__ = [
+    "Body", "Loop", "Marker", "Op", "Program", "UnknownPrimitiveError", "bind", "evaluate", "flatten", "jaxpr_of",
+]  # fmt: skip
 
 
 class UnknownPrimitiveError(NotImplementedError):
@@ -127,23 +129,21 @@ class Program:
         return rewired.returning([instead.get(o, o) for o in self.outputs])
 
 
-def trace(function: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
-    """Traces `function` on abstract arguments; nothing is allocated and nothing runs.
+def jaxpr_of(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """Traces a function on abstract arguments; nothing is allocated and nothing runs.
 
     Args:
       function: a pure function of pytrees of arrays.
       *args: pytrees of arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-      The flattened program, without dead code, and the result's tree of `jax.ShapeDtypeStruct`. The program's inputs
-      follow `jax.tree_util.tree_leaves(args)`.
+      The closed jaxpr, for `flatten`, and the result's tree of `jax.ShapeDtypeStruct`.
     """
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    return flatten(closed), shape
+    return jax.make_jaxpr(function, return_shape=True)(*args)
 
 
 def flatten(closed: Any) -> Program:
-    """The program of a closed jaxpr."""
+    """The program of a closed jaxpr, without dead code; its inputs follow `jax.tree_util.tree_leaves(args)`."""
     flat = _Flattener()
     jaxpr = closed.jaxpr
     inputs = [flat.new(v.aval) for v in jaxpr.invars]
@@ -246,8 +246,12 @@ class _Flattener:
         self, eqn: Any, inputs: list[int], steps: list[Op], outer: str, label: str, loop: Loop | None
     ) -> list[int]:
         params, info = eqn.params, eqn.source_info
-        inner, n_consts, n_carry = params["jaxpr"], params["num_consts"], params["num_carry"]
+        inner = params["jaxpr"]
         jaxpr = _open(inner)
+        # What is carried has the same shape inside and outside; what is sliced or stacked has one axis less inside.
+        n_carry = sum(a.aval.shape == b.aval.shape for a, b in zip(eqn.outvars, jaxpr.outvars, strict=True))
+        n_xs = sum(a.aval.shape != b.aval.shape for a, b in zip(eqn.invars, jaxpr.invars, strict=True))
+        n_consts = len(eqn.invars) - n_carry - n_xs
         body_loop = Loop(params["length"], loop)
         consts, init, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
         scope = _join(outer, eqn)

@@ -73,9 +73,7 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
         return [leaf for leaf in jax.tree.leaves(results[0]) if isinstance(leaf, jax.Array)]
 
     try:
-        program, shapes = jaxprs.trace(arrays_of, *arguments)
-    except jaxprs.UnknownPrimitiveError:
-        raise
+        closed, shapes = jaxprs.jaxpr_of(arrays_of, *arguments)
     except Exception as error:
         raise ModelError(frameworks.failed(application.name, "traced", args, kwargs, error)) from error
     if not shapes:
@@ -83,6 +81,7 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
             f"{application.name} returned {_shown(results[0])}, which holds no array. The structure is that of what "
             "leads to an output: let the model return an array or a tree of arrays (method= picks another method)."
         )
+    program = jaxprs.flatten(closed)
     leaves = [
         graph.Leaf(path_of(path), tuple(leaf.shape), leaf.dtype, kind)
         for kind, tree in zip(("param", "state", "noise"), arguments[:3], strict=True)

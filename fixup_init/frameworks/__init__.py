@@ -9,7 +9,6 @@ import jax
 from fixup_init.frameworks import function
 from fixup_init.frameworks.application import Application, ModelError, is_array
 from fixup_init.frameworks.function import Function
-from fixup_init.jaxprs import UnknownPrimitiveError
 
 __all__ = ["Application", "Function", "ModelError", "adapt", "describe"]
 
@@ -42,8 +41,6 @@ def adapt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Applicat
         from fixup_init.frameworks import nnx as module
 
         return module.adapt(model, args, kwargs)
-    except UnknownPrimitiveError:
-        raise
     except Exception as error:
         raise ModelError(failed(type(model).__name__, "initialized", args, kwargs, error)) from error
 

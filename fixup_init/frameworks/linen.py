@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fixup_init import jaxprs
 from fixup_init.frameworks.application import Application, abstract, split_arguments
@@ -27,7 +28,7 @@ def adapt(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ap
         inner_args, inner_kwargs = arguments.restore(arrays)
         return model.init(rng, *inner_args, method=method, **inner_kwargs)
 
-    closed, shapes = jax.make_jaxpr(init, return_shape=True)(key, arguments.abstract)
+    closed, shapes = jaxprs.jaxpr_of(init, key, arguments.abstract)
     params = shapes.get("params", {})
     state = {k: v for k, v in shapes.items() if k != "params"}
 
@@ -42,7 +43,9 @@ def adapt(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ap
     def initial(rng: Any, wanted: Sequence[bool]) -> list[Any]:
         """Runs what makes the wanted leaves in the trace of `init`, never the forward pass."""
         rng = rng.get("params", next(iter(rng.values()))) if isinstance(rng, dict) else rng
-        traced = closed if rng.dtype == key.dtype else jax.make_jaxpr(init)(rng, arguments.abstract)
+        if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+            rng = jax.random.wrap_key_data(rng)
+        traced = closed if rng.dtype == key.dtype else jaxprs.jaxpr_of(init, rng, arguments.abstract)[0]
         program = jaxprs.flatten(traced)
         _, tree = jax.tree.flatten(shapes)
         order = separate(jax.tree.unflatten(tree, program.outputs))
