@@ -79,8 +79,10 @@ def merged(texts: Iterable[str]) -> str:
     """Texts that differ in numbers only, as one.
 
     Example:
-      >>> merged(["layer1_0/conv", "layer1_10/conv", "layer1_2/conv"]), merged(["stem", "neck", "head"])
-      ('layer1_{0..10}/conv', 'stem … head')
+      >>> merged(["layer1_0/conv", "layer1_2/conv", "layer1_1/conv"]), merged(["stem", "neck", "head"])
+      ('layer1_{0..2}/conv', 'stem … head')
+      >>> merged(["branch 1", "branch 3", "branch 5"])
+      'branch {1,3..5}'
     """
     texts = list(texts)
     tokens = [_DIGITS.split(t) for t in texts]
@@ -89,11 +91,13 @@ def merged(texts: Iterable[str]) -> str:
         return f"{texts[0]} … {texts[-1].removeprefix(f'{home}/') if home else texts[-1]}"
     parts = []
     for k, column in enumerate(zip(*tokens, strict=True)):
-        values = dict.fromkeys(column)
-        if k % 2 == 0 or len(values) == 1:
-            parts.append(column[0])
+        values = sorted(set(column), key=int) if k % 2 else [column[0]]
+        if len(values) == 1:
+            parts.append(values[0])
         else:
-            parts.append("{" + min(values, key=int) + ".." + max(values, key=int) + "}")
+            gaps = int(values[-1]) - int(values[0]) >= len(values)
+            start = f"{values[0]},{values[1]}" if gaps and len(values) > 2 else values[0]
+            parts.append("{" + (",".join(values) if gaps and len(values) == 2 else f"{start}..{values[-1]}") + "}")
     return "".join(parts)
 
 
