@@ -101,7 +101,7 @@ def compare(
       model: a model, or a dictionary of label and model.
       *args: the model's own arguments, as for `fi.analyze`.
       cases: pairs (scheme, "kept" or "removed"); by default the model's own initialization with its normalization, the
-        same without, and Fixup without.
+        same without, and Fixup without. For a model without normalizations each scheme counts once.
       key: for parameters, data and probe; `jax.random.key(0)` by default.
       progress: called with (what, done, in all).
       **kwargs: the model's own keyword arguments.
@@ -114,16 +114,18 @@ def compare(
     """
     key = jax.random.key(0) if key is None else key
     models = model if isinstance(model, Mapping) else {"": model}
+    for _, normalization in cases:
+        check_normalization(normalization)
     measured = []
     for name, one in models.items():
         kept = trace(one, args, kwargs)
         removed = without_normalization(kept) if any(n == "removed" for _, n in cases) else kept
-        for scheme, normalization in cases:
-            check_normalization(normalization)
-            found = schemes.find(scheme)
+        wanted = [(schemes.find(scheme), normalization) for scheme, normalization in cases]
+        if not kept.norms:  # nothing to remove: each scheme once
+            wanted = list({scheme.name: (scheme, "kept") for scheme, _ in wanted}.values())
+        for found, normalization in wanted:
             traced = kept if normalization == "kept" else removed
             params, state = draw(traced, found.plan(of_trace(traced)), key)
-            # A model without normalizations has nothing kept or removed.
             label = ", ".join(s for s in (name, found.name, normalization if kept.norms else "") if s)
             measured.append(measure(traced, params, state, "head", key, label, progress))
     return Comparison(tuple(measured))

@@ -281,3 +281,8 @@ def test_measure_reports_progress() -> None:
     fi.analyze(model, model.init(jax.random.key(0), jnp.zeros(x.shape)), x, progress=lambda *a: seen.append(a))
     assert seen[-1][1] == seen[-1][2] and {s[0].split(": ")[1] for s in seen} == {"forward", "backward"}
     assert measure and jaxprs and IMAGES and VECTORS
+
+
+def test_a_model_without_normalization_is_compared_once_a_scheme() -> None:
+    compared = fi.compare(plain_function(), VECTORS, cases=[("he", "kept"), ("he", "removed"), ("fixup", "removed")])
+    assert [one.label for one in compared] == ["he_normal_fan_in", "fixup"]
