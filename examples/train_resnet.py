@@ -1,10 +1,10 @@
 """Trains a CIFAR ResNet, with normalization or without, on digits, Fashion-MNIST or CIFAR-10.
 
-    python examples/train_resnet.py                              # digits, Fixup, depth 20: TBD % in TBD s on 2 cores
-    python examples/train_resnet.py --norm batch                 # the same with batch norm: TBD % in TBD s
-    python examples/train_resnet.py --norm none --depth 56       # neither: TBD %, one in ten is chance
-    python examples/train_resnet.py --data fashion-mnist --epochs 3 --max-minutes 20         # TBD % on 2 cores
-    python examples/train_resnet.py --data cifar10 --depth 110 --mixup 1                     # the paper's run; GPU
+    python examples/train_resnet.py                              # digits, Fixup, depth 20: 98.3 % in 15 s on 2 cores
+    python examples/train_resnet.py --norm batch                 # the same with batch norm: 98.9 % in 16 s
+    python examples/train_resnet.py --norm none --depth 56       # neither: 10.0 %, which is chance, in 31 s
+    python examples/train_resnet.py --data cifar10 --epochs 4 --schedule cosine      # 70.5 % in 16 minutes on 2 cores
+    python examples/train_resnet.py --data cifar10 --depth 110 --mixup 1             # the paper's run, for a GPU
 
 Digits (8x8, real handwriting) come with scikit-learn and need no download. The other two are read from --data-dir, or
 downloaded. Standard output gets one line of JSON with the result; --json writes the loss of every step as well.

@@ -77,7 +77,7 @@ def demo(
     batch = jax.ShapeDtypeStruct((BATCH, *data.image_shape), jnp.float32)
     structure = fi.structure(NETWORKS[0].model(depth), batch)
     console.rule("1. Structure, found by tracing")
-    console.print(str(structure), highlight=False, markup=False)
+    console.print(str(structure), highlight=False, markup=False, soft_wrap=True)
 
     console.rule("2. Drift with depth")
     images = (jnp.asarray(data.train_images[:BATCH], jnp.float32) - data.mean) / data.std
@@ -88,7 +88,7 @@ def demo(
             variables = fi.init(model, jax.random.key(0), batch, scheme=network.scheme)
             measured.append(fi.analyze(model, variables, images, probe="head", label=network.label, progress=progress))
     comparison = fi.Comparison(tuple(measured))
-    console.print(str(comparison), highlight=False, markup=False)
+    console.print(str(comparison), highlight=False, markup=False, soft_wrap=True)
 
     console.rule(f"3. Training, {epochs} epochs each")
     runs = [
@@ -98,7 +98,7 @@ def demo(
     ]
     table = [_line(network, comparison, runs) for network in NETWORKS]
     for line in table:
-        console.print("  ".join(f"{key}: {value}" for key, value in line.items()), highlight=False)
+        console.print("  ".join(f"{key}: {value}" for key, value in line.items()), highlight=False, soft_wrap=True)
 
     figure_path = save(figure(comparison), out / "drift.png")
     title = f"What normalization hides: ResNet-{depth} on digits"
@@ -107,7 +107,7 @@ def demo(
     with replacing(out / "result.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1, allow_nan=False))
     console.rule("4. Report")
-    console.print(f"{page}\n{figure_path}\n{out / 'result.json'}", highlight=False)
+    console.print(f"{page}\n{figure_path}\n{out / 'result.json'}", highlight=False, soft_wrap=True)
     return result
 
 
