@@ -11,6 +11,7 @@ import numpy as np
 
 from fixup_init import blocks, frameworks, schemes, statistics, taps
 from fixup_init.frameworks import ModelError
+from fixup_init.frameworks.application import path_of
 from fixup_init.initialize import draw
 from fixup_init.propagation import Comparison, Propagation, Row
 from fixup_init.schemes import Scheme
@@ -140,7 +141,8 @@ def measure(
     program = graph.program
     tapped = taps.place(traced)
     axes = taps.channels(graph, list(dict.fromkeys(t.value for t in tapped)))
-    starts, probe_name = _probe(traced, params, probe)
+    structure = of_trace(traced)
+    starts, probe_name = _probe(traced, set(structure.heads), params, probe)
     values = _values(traced, params, state, key)
     cut = blocks.cut(graph, axes, keep=starts)
 
@@ -172,11 +174,10 @@ def measure(
                 statistics.read(backward[tap.value][at]) if tap.value in backward else None,
             )
         )  # fmt: skip
-    structure = of_trace(traced)
     return Propagation(label, traced.application.name, structure.num_branches, tuple(rows), probe_name)
 
 
-def _probe(traced: Traced, params: Any, probe: Probe) -> tuple[tuple[int, ...], str]:
+def _probe(traced: Traced, heads: set[str], params: Any, probe: Probe) -> tuple[tuple[int, ...], str]:
     """Values at which the backward pass starts, and what to call them."""
     if probe not in ("auto", "output", "head"):
         raise ValueError(f"probe={probe!r}: expected 'auto', 'output' or 'head'.")
@@ -186,7 +187,6 @@ def _probe(traced: Traced, params: Any, probe: Probe) -> tuple[tuple[int, ...], 
         v for v in dict.fromkeys(program.outputs)
         if graph.is_activation(v) and jnp.issubdtype(program.dtype(v), jnp.inexact)
     )  # fmt: skip
-    heads = set(of_trace(traced).heads)
     nodes = [n for n, layer in graph.layers.items() if layer.path in heads]
     if probe == "output" or not nodes:
         return outputs, "output"
@@ -239,8 +239,6 @@ def _separate(traced: Traced, variables: Any) -> tuple[Any, Any]:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    from fixup_init.frameworks.application import path_of
-
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -253,9 +251,8 @@ def _values(traced: Traced, params: Any, state: Any, key: Any) -> dict[int, Any]
     )
     arrays = []
     for k, (name, array) in enumerate(zip(application.inputs.names, application.inputs.arrays, strict=True)):
-        value = graph.program.inputs[len(graph.program.inputs) - len(application.inputs.arrays) + k]
         if isinstance(array, jax.ShapeDtypeStruct):
-            arrays.append(_data(traced, value, array, jax.random.fold_in(key, 1000 + k)))
+            arrays.append(_data(traced, array, jax.random.fold_in(key, 1000 + k)))
             continue
         if jnp.issubdtype(array.dtype, jnp.inexact) and not (finite := np.isfinite(np.asarray(array))).all():
             bad = int(finite.size - finite.sum())
@@ -272,17 +269,13 @@ def _values(traced: Traced, params: Any, state: Any, key: Any) -> dict[int, Any]
     }
 
 
-def _data(traced: Traced, value: int, spec: jax.ShapeDtypeStruct, key: Any) -> Any:
+def _data(traced: Traced, spec: jax.ShapeDtypeStruct, key: Any) -> Any:
     if jnp.issubdtype(spec.dtype, jnp.inexact):
         return jax.random.normal(key, spec.shape, spec.dtype)
     if jnp.issubdtype(spec.dtype, jax.dtypes.prng_key):
         return jax.random.split(key, spec.shape) if spec.shape else key
     if spec.dtype == jnp.bool_:
         return jnp.ones(spec.shape, spec.dtype)
-    rows = [
-        graph_leaf.shape[0]
-        for layer in traced.graph.layers.values()
-        if layer.kind == "embedding"
-        for graph_leaf in (traced.graph.leaves[layer.leaves[0]],)
-    ]
+    tables = [layer.leaves[0] for layer in traced.graph.layers.values() if layer.kind == "embedding"]
+    rows = [traced.graph.leaves[table].shape[0] for table in tables]
     return jax.random.randint(key, spec.shape, 0, min(rows, default=2), spec.dtype)

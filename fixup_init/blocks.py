@@ -110,12 +110,12 @@ def _block(
         _canonical(graph, steps, numbers, taps),
         tuple(numbers.setdefault(v, len(numbers)) for v in (*inputs, *externals, *outputs)),
         len(inputs), len(externals),
-        tuple((program_shape(graph, v)) for v in (*inputs, *externals)),
+        tuple(_shape(graph, v) for v in (*inputs, *externals)),
     )  # fmt: skip
     return Block(tuple(steps), inputs, externals, outputs, inside, signature)
 
 
-def program_shape(graph: Graph, value: int) -> tuple[Any, ...]:
+def _shape(graph: Graph, value: int) -> tuple[Any, ...]:
     return graph.program.shape(value), str(graph.program.dtype(value))
 
 

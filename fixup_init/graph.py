@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from fixup_init import jaxprs
@@ -43,7 +44,6 @@ class Layer:
     kind: Literal["dense", "conv", "embedding"]
     fan_in: int
     fan_out: int
-    repeats: int
     node: int
     leaves: tuple[int, ...]  # parameter leaves that its kernel is made of, the largest first
     channel: int  # axis of the output that holds its features
@@ -137,7 +137,11 @@ def build(program: Program, leaves: Sequence[Leaf]) -> Graph:
         bits = 0
         for v in op.inputs:
             bits |= kind[v]
-        if op.primitive is jaxprs.CARRY_IN and op.loop in in_active_loop and _inexact(program.dtype(op.outputs[0])):
+        if (
+            op.primitive is jaxprs.CARRY_IN
+            and op.loop in in_active_loop
+            and jnp.issubdtype(program.dtype(op.outputs[0]), jnp.inexact)
+        ):
             bits |= INPUT
         for v in op.outputs:
             kind[v] = bits
@@ -225,8 +229,7 @@ def _weight_layer(
     made_of = sorted(
         (o for o in origins[kernel] if leaves[o].kind == "param"), key=lambda o: -math.prod(leaves[o].shape)
     )
-    repeats = op.loop.repeats if op.loop is not None else 1
-    return Layer(leaves[made_of[0]].path, kind_, fan_in, fan_out, repeats, node, tuple(made_of), channel, features)
+    return Layer(leaves[made_of[0]].path, kind_, fan_in, fan_out, node, tuple(made_of), channel, features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,9 +286,3 @@ _COPIES = frozenset({
     p.broadcast_in_dim_p, p.reshape_p, p.convert_element_type_p, p.squeeze_p, p.transpose_p, p.copy_p,
     jaxprs.SLICE_IN, jaxprs.IDENTITY,
 })  # fmt: skip
-
-
-def _inexact(dtype: Any) -> bool:
-    import jax.numpy as jnp
-
-    return bool(jnp.issubdtype(dtype, jnp.inexact))

@@ -56,10 +56,6 @@ class Loop:
     parent: Loop | None
     carries: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # (value of CARRY_IN, value carried out)
 
-    @property
-    def repeats(self) -> int:
-        return self.length * (self.parent.repeats if self.parent else 1)
-
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Body:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from fixup_init.graph import Graph, Layer
+from fixup_init.graph import Graph
 from fixup_init.jaxprs import Loop, p
 from fixup_init.residual import Branch as BranchNodes
 from fixup_init.residual import Residual
@@ -182,9 +183,15 @@ def structure(model: Any, *args: Any, normalization: str = "kept", **kwargs: Any
 def of_trace(traced: Traced) -> Structure:
     """The structure in a trace."""
     graph = traced.graph
-    layers = {node: _layer_info(graph, layer) for node, layer in graph.layers.items()}
+    repeats = functools.partial(_repeats, graph, {})
+    layers = {
+        n: LayerInfo(layer.path, layer.kind, layer.fan_in, layer.fan_out, repeats(n), graph.scope(n))
+        for n, layer in graph.layers.items()
+    }
     branches = tuple(
-        _branch(traced, layers, residual, branch) for residual in traced.residuals for branch in residual.branches
+        _branch(traced, layers, residual, branch, repeats(graph.node_of[residual.sum]))
+        for residual in traced.residuals
+        for branch in residual.branches
     )
     in_branches = {n for r in traced.residuals for b in r.branches for n in b.layers}
     in_branches |= {n for r in traced.residuals for n in r.skip_layers}
@@ -197,7 +204,7 @@ def of_trace(traced: Traced) -> Structure:
         stems = stems[:1]
     undecided = [
         Undecided(
-            "sum", _scope(graph, graph.node_of[u.sum]), tuple(tuple(layers[n].path for n in t) for t in u.terms), u.why
+            "sum", graph.scope(graph.node_of[u.sum]), tuple(tuple(layers[n].path for n in t) for t in u.terms), u.why
         )
         for u in traced.undecided
     ]
@@ -220,20 +227,15 @@ def of_trace(traced: Traced) -> Structure:
     )
 
 
-def _layer_info(graph: Graph, layer: Layer) -> LayerInfo:
-    return LayerInfo(
-        layer.path, layer.kind, layer.fan_in, layer.fan_out, _repeats(graph, layer.node), _scope(graph, layer.node)
-    )
-
-
-def _branch(traced: Traced, layers: dict[int, LayerInfo], residual: Residual, branch: BranchNodes) -> Branch:
+def _branch(
+    traced: Traced, layers: dict[int, LayerInfo], residual: Residual, branch: BranchNodes, repeats: int
+) -> Branch:
     graph = traced.graph
     leaves = graph.leaves
 
     def paths(nodes: Iterable[int]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(layers[n].path for n in nodes))
 
-    sum_node = graph.node_of[residual.sum]
     return Branch(
         weights=tuple(layers[n].path for n in branch.layers),
         depth=branch.depth,
@@ -241,13 +243,13 @@ def _branch(traced: Traced, layers: dict[int, LayerInfo], residual: Residual, br
         order_without_norms=branch.free_order,
         skip=residual.skip,
         skip_weights=paths(residual.skip_layers),
-        repeats=_repeats(graph, sum_node),
+        repeats=repeats,
         roles={layers[n].path: "value" if n in branch.value else "control" for n in branch.layers},
         last=paths(branch.last),
         shares={leaves[v].path: order for v, order in branch.shares.items()},
         closing=tuple(leaves[v].path for v in branch.closing),
         norms=sum(graph.node_of[n.core] in branch.nodes for n in traced.norms),
-        scope=_scope(graph, sum_node),
+        scope=graph.scope(graph.node_of[residual.sum]),
     )
 
 
@@ -259,45 +261,43 @@ def _norm_info(traced: Traced, norm: Any) -> NormInfo:
         axes=norm.axes,
         batch=norm.form == "inference" or 0 in norm.axes,
         form=norm.form,
-        scope=_scope(traced.graph, traced.graph.node_of[norm.core]),
+        scope=traced.graph.scope(traced.graph.node_of[norm.core]),
     )
 
 
-def _scope(graph: Graph, node: int) -> str:
-    return graph.scope(node)
+def _repeats(graph: Graph, carried: dict[Loop, frozenset[int]], node: int) -> int:
+    """How many times a node stands in the depth of the network: the length of each scan whose carry runs through it.
 
-
-def _repeats(graph: Graph, node: int) -> int:
-    """How many times a node stands in the depth of the network: the length of each scan whose carry runs through it."""
+    `carried` remembers the nodes on the carry of each scan.
+    """
     op = graph.op(node)
     loop = op.loop if op is not None else None
     repeats = 1
     while loop is not None:
-        if node in _carried(graph, loop):
+        if loop not in carried:
+            carried[loop] = _carried(graph, loop)
+        if node in carried[loop]:
             repeats *= loop.length
         loop = loop.parent
     return repeats
 
 
 def _carried(graph: Graph, loop: Loop) -> frozenset[int]:
-    """Nodes of a scan body on a path from a carry to a carry; found once for each loop."""
-    cache: dict[Loop, frozenset[int]] = graph.__dict__.setdefault("_carried", {})
-    if loop not in cache:
-        starts = {graph.node_of[c] for c, _ in loop.carries if c in graph.node_of}
-        ends = [graph.node_of[o] for _, o in loop.carries if o in graph.node_of]
-        low = min(starts, default=0)
-        back, todo = set(ends), list(ends)
-        while todo:
-            for a in graph.parents[todo.pop()]:
-                if a >= low and a not in back:
-                    back.add(a)
-                    todo.append(a)
-        below = set(starts)
-        for n in sorted(back):
-            if any(a in below for a in graph.parents[n]):
-                below.add(n)
-        cache[loop] = frozenset(below & back)
-    return cache[loop]
+    """Nodes of a scan body on a path from a carry to a carry."""
+    starts = {graph.node_of[c] for c, _ in loop.carries if c in graph.node_of}
+    ends = [graph.node_of[o] for _, o in loop.carries if o in graph.node_of]
+    low = min(starts, default=0)
+    back, todo = set(ends), list(ends)
+    while todo:
+        for a in graph.parents[todo.pop()]:
+            if a >= low and a not in back:
+                back.add(a)
+                todo.append(a)
+    below = set(starts)
+    for n in sorted(back):
+        if any(a in below for a in graph.parents[n]):
+            below.add(n)
+    return frozenset(below & back)
 
 
 def _ancestors(graph: Graph, node: int) -> set[int]:

@@ -94,9 +94,10 @@ def test_fold_covers_everything_once():
         for r in runs:
             assert all(items[k] == items[r.start + (k - r.start) % r.period] for k in range(r.start, r.stop))
 
+
+def test_merged_names():
     assert merged(["a_1/k", "a_10/k", "a_2/k"]) == "a_{1,2..10}/k"
     assert merged([f"a_{k}/k" for k in (8, 10, 9)]) == "a_{8..10}/k"
-    assert merged(["a_1/k", "a_10/k", "a_2/k"]) == "a_{1..10}/k"
     assert merged(["net/w", "net/b"]) == "net/w … b"
     assert merged(["same"]) == "same"
     assert number(math.inf) == "∞" and number(1.5e-8) == "1.5e-8" and number(2.36e49) == "2.36e49"
