@@ -20,7 +20,7 @@ import numpy as np
 from fixup_init import jaxprs
 from fixup_init.jaxprs import Op, Program, p
 
-__all__ = ["Graph", "Layer", "Leaf", "Split", "build", "latest_common_ancestor"]
+__all__ = ["COPIES", "Graph", "Layer", "Leaf", "Split", "build", "latest_common_ancestor"]
 
 PARAM, STATE, INPUT, NOISE = 1, 2, 4, 8
 _KINDS = {"param": PARAM, "state": STATE, "input": INPUT, "noise": NOISE}
@@ -45,7 +45,8 @@ class Layer:
     fan_in: int
     fan_out: int
     node: int
-    leaves: tuple[int, ...]  # parameter leaves that its kernel is made of, the largest first
+    kernel: int  # value
+    leaves: tuple[int, ...]  # parameter leaves that the kernel is made of, the largest first
     channel: int  # axis of the output that holds its features
     features: int  # how many there are
 
@@ -94,7 +95,7 @@ class Graph:
         while value not in self.program.constants:
             k = self.maker.get(value)
             op = self.program.ops[k] if k is not None else None
-            if op is None or op.primitive not in _COPIES:
+            if op is None or op.primitive not in COPIES:
                 return None
             value = op.inputs[0]
         constant = self.program.constants[value]
@@ -229,7 +230,7 @@ def _weight_layer(
     made_of = sorted(
         (o for o in origins[kernel] if leaves[o].kind == "param"), key=lambda o: -math.prod(leaves[o].shape)
     )
-    return Layer(leaves[made_of[0]].path, kind_, fan_in, fan_out, node, tuple(made_of), channel, features)
+    return Layer(leaves[made_of[0]].path, kind_, fan_in, fan_out, node, kernel, tuple(made_of), channel, features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +283,7 @@ def latest_common_ancestor(graph: Graph, terms: Sequence[int]) -> Split | None:
     return None
 
 
-_COPIES = frozenset({
+COPIES = frozenset({
     p.broadcast_in_dim_p, p.reshape_p, p.convert_element_type_p, p.squeeze_p, p.transpose_p, p.copy_p,
     jaxprs.SLICE_IN, jaxprs.IDENTITY,
 })  # fmt: skip

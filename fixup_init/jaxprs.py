@@ -38,7 +38,9 @@ class Marker:
     name: str
 
 
-SPLIT, BARRIER = jax.lax.split_p, jax.lax.optimization_barrier_p
+# Primitives that jax.lax names and jax.extend does not.
+BARRIER = jax.lax.optimization_barrier_p
+SPLIT, STACK, UNSTACK, TILE = jax.lax.split_p, jax.lax.stack_p, jax.lax.unstack_p, jax.lax.tile_p
 
 CARRY_IN = Marker("carry_in")  # initial carry -> carry seen by the body
 CARRY_OUT = Marker("carry_out")  # carry returned by the body -> final carry

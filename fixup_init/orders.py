@@ -18,7 +18,7 @@ from fixup_init import jaxprs
 from fixup_init.graph import Graph
 from fixup_init.jaxprs import Op, p
 
-__all__ = ["SQUASH", "orders"]
+__all__ = ["SQUASH", "has_rule", "orders"]
 
 EPSILON = 1.001e-3  # a literal up to this size, added or compared, is a guard against division by zero
 
@@ -29,16 +29,31 @@ KEEP = frozenset({
     p.reduce_p, p.neg_p, p.abs_p, p.real_p, p.imag_p, p.conj_p, p.reduce_precision_p, p.fft_p, p.stop_gradient_p,
     p.sharding_constraint_p, p.name_p, p.top_k_p, p.device_put_p,
     p.tanh_p, p.sin_p, p.tan_p, p.asin_p, p.atan_p, p.sinh_p, p.asinh_p, p.atanh_p, p.erf_p, p.erf_inv_p, p.expm1_p,
-    p.log1p_p, jaxprs.SPLIT,
+    p.log1p_p, jaxprs.SPLIT, jaxprs.UNSTACK, jaxprs.TILE, p.psum_p, p.all_gather_p, p.ppermute_p, p.pmax_p, p.pmin_p,
     jaxprs.CARRY_IN, jaxprs.CARRY_OUT, jaxprs.SLICE_IN, jaxprs.STACK_OUT, jaxprs.IDENTITY,
 })  # fmt: skip
 LEAST = frozenset({
     p.add_p, p.sub_p, p.max_p, p.min_p, p.concatenate_p, p.dynamic_update_slice_p, p.complex_p, p.atan2_p,
-    p.scatter_p, p.scatter_add_p, p.add_jaxvals_p, p.rem_p,
+    p.scatter_p, p.scatter_add_p, p.add_jaxvals_p, p.rem_p, jaxprs.STACK,
 })  # fmt: skip
 PRODUCT = frozenset({p.mul_p, p.dot_general_p, p.conv_general_dilated_p, p.scatter_mul_p})
 # A constant is left when the argument vanishes.
 SQUASH = frozenset({p.exp_p, p.exp2_p, p.logistic_p, p.erfc_p, p.cos_p, p.cosh_p, p.acos_p, p.log_p, p.lgamma_p})
+# Whole numbers, truth values and noise: nothing shrinks.
+_DISCRETE = frozenset({
+    p.eq_p, p.ne_p, p.lt_p, p.le_p, p.gt_p, p.ge_p, p.and_p, p.or_p, p.not_p, p.xor_p, p.is_finite_p, p.sign_p,
+    p.floor_p, p.ceil_p, p.round_p, p.argmax_p, p.argmin_p, p.iota_p, p.reduce_and_p, p.reduce_or_p, p.random_bits_p,
+    p.random_split_p, p.random_fold_in_p, p.random_seed_p, p.shift_left_p, p.shift_right_logical_p,
+    p.shift_right_arithmetic_p, p.bitcast_convert_type_p, p.axis_index_p,
+})  # fmt: skip
+_POWERS = frozenset({p.integer_pow_p, p.pow_p, p.square_p, p.sqrt_p, p.rsqrt_p, p.cbrt_p})
+_OTHERS = frozenset({p.select_n_p, p.clamp_p, p.div_p, p.sort_p, jaxprs.CHOOSE})
+_RULED = KEEP | LEAST | PRODUCT | SQUASH | _DISCRETE | _POWERS | _OTHERS
+
+
+def has_rule(op: Op) -> bool:
+    """Whether the order of an operation's result is known; the others count as constants, and are to be named."""
+    return op.primitive in _RULED
 
 
 def orders(
@@ -90,7 +105,9 @@ def _order(graph: Graph, op: Op, known: Mapping[int, float]) -> float:
         elif primitive in (p.scatter_p, p.scatter_add_p):
             inputs = (inputs[0], inputs[2])
         streams = [v for v in inputs if graph.is_activation(v)]
-        if streams and primitive in (p.add_p, p.sub_p, p.concatenate_p):
+        if primitive in (p.max_p, p.min_p):  # a bound that zero keeps is far away: relu6, hard tanh
+            inputs = tuple(v for v in inputs if not _slack(graph, primitive, v)) or inputs
+        if streams and primitive in (p.add_p, p.sub_p, p.concatenate_p, jaxprs.STACK):
             inputs = tuple(v for v in inputs if not graph.is_parameter(v))  # additive parameters do not count
         return min((of(v, guard=True) for v in inputs), default=0.0)
     if primitive is p.select_n_p:
@@ -109,6 +126,11 @@ def _order(graph: Graph, op: Op, known: Mapping[int, float]) -> float:
         x = of(op.inputs[0])
         return power * x if math.isfinite(x) or power > 0 else 0.0
     return 0.0
+
+
+def _slack(graph: Graph, primitive: Any, value: int) -> bool:
+    number = None if graph.kind[value] else graph.literal(value)
+    return number is not None and (number < 0 if primitive is p.max_p else number > 0)
 
 
 def _power(graph: Graph, op: Op) -> float | None:

@@ -214,8 +214,7 @@ def _carries(graph: Graph, skip: _Term, split: Split, transparent: dict[int, int
     if known.get(skip.value, 1.0 if skip.node == split.node else 0.0) < 1:
         return False
     for layer in skip.layers:
-        seeds = dict.fromkeys(graph.layers[layer].leaves[:1], 1.0)
-        if orders(graph, ops, seeds, transparent).get(skip.value, 0.0) < 1:
+        if orders(graph, ops, {graph.layers[layer].kernel: 1.0}, transparent).get(skip.value, 0.0) < 1:
             return False
     return True
 
@@ -235,7 +234,9 @@ def _branch(graph: Graph, term: _Term, transparent: dict[int, int]) -> Branch:
     nodes = (*term.nodes, *term.aside)
     layers = tuple(sorted(n for n in nodes if n in graph.layers))
     ops = _ops(graph, term)
+    # Parameters as the optimizer sees them, and kernels as the equations do: standardization lies between.
     kernel = {n: graph.layers[n].leaves[0] for n in layers}
+    used = {n: graph.layers[n].kernel for n in layers}
 
     def order(leaves: Iterable[int], through: dict[int, int] | None = None) -> float:
         return orders(graph, ops, dict.fromkeys(leaves, 1.0), through).get(term.value, 0.0)
@@ -249,8 +250,8 @@ def _branch(graph: Graph, term: _Term, transparent: dict[int, int]) -> Branch:
 
     kernels = set(kernel.values())
     found, share = shares(kernels)
-    free, free_share = shares(kernels, transparent)
-    value = tuple(n for n in layers if free_share[kernel[n]] >= 1)
+    free, free_share = shares(set(used.values()), transparent)
+    value = tuple(n for n in layers if free_share[used[n]] >= 1)
     depth, last = _chain(graph, sorted(nodes), layers, value)
     others = dict.fromkeys(
         v for k in ops for v in graph.program.ops[k].inputs

@@ -8,8 +8,9 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from fixup_init.graph import Graph
+from fixup_init.graph import COPIES, Graph
 from fixup_init.jaxprs import Loop, p
+from fixup_init.orders import has_rule, orders
 from fixup_init.residual import Branch as BranchNodes
 from fixup_init.residual import Residual
 from fixup_init.tracing import Traced, trace
@@ -121,6 +122,7 @@ class Structure:
       heads: the weight layers that outputs come from directly, outside every branch; `head` if there is just one.
       parameters: every parameter leaf, in the order of the tree.
       undecided: what the graph leaves open.
+      unruled: operations in branches, by name, that have no rule for orders and count as constants there.
     """
 
     name: str
@@ -131,6 +133,7 @@ class Structure:
     heads: tuple[str, ...]
     parameters: tuple[Parameter, ...]
     undecided: tuple[Undecided, ...] = ()
+    unruled: tuple[str, ...] = ()
 
     @property
     def num_branches(self) -> int:
@@ -224,6 +227,7 @@ def of_trace(traced: Traced) -> Structure:
         heads=tuple(dict.fromkeys(layers[n].path for n in heads)),
         parameters=_parameters(traced, layers),
         undecided=tuple(undecided),
+        unruled=tuple(sorted(_unruled(traced))),
     )
 
 
@@ -251,6 +255,11 @@ def _branch(
         norms=sum(graph.node_of[n.core] in branch.nodes for n in traced.norms),
         scope=graph.scope(graph.node_of[residual.sum]),
     )
+
+
+def _unruled(traced: Traced) -> set[str]:
+    ops = (traced.graph.op(n) for r in traced.residuals for b in r.branches for n in b.nodes)
+    return {op.name for op in ops if op is not None and not has_rule(op)}
 
 
 def _norm_info(traced: Traced, norm: Any) -> NormInfo:
@@ -339,7 +348,7 @@ def _parameters(traced: Traced, layers: dict[int, LayerInfo]) -> tuple[Parameter
     graph = traced.graph
     uses: dict[int, dict[Role, None]] = {v: {} for v, leaf in graph.leaves.items() if leaf.kind == "param"}
     of_layer: dict[int, list[LayerInfo]] = {v: [] for v in uses}
-    neutral: dict[int, float] = {}
+    neutral: dict[int, float | None] = {}
     for node, layer in graph.layers.items():
         for k, v in enumerate(layer.leaves):
             uses[v][("embedding" if layer.kind == "embedding" else "kernel") if k == 0 else "gain"] = None
@@ -407,11 +416,14 @@ def _is_table(graph: Graph, node: int, value: int, leaf: int) -> bool:
     return True
 
 
-def _neutral(graph: Graph, value: int, leaf: int) -> float:
-    """1 for a factor `leaf`, 0 for a factor `1 + leaf`."""
-    from fixup_init.orders import orders
-
-    return 1.0 if orders(graph, graph.behind([value]), {leaf: 1.0}).get(value, 1.0) >= 1 else 0.0
+def _neutral(graph: Graph, value: int, leaf: int) -> float | None:
+    """1 for a factor that is proportional to `leaf`, 0 for a factor `1 + leaf`, None for any other."""
+    behind = graph.behind([value])
+    if orders(graph, behind, {leaf: 1.0}).get(value, 1.0) >= 1:
+        return 1.0
+    made = [graph.program.ops[k] for k in behind]
+    shifted = [op for op in made if op.primitive is p.add_p and any(graph.literal(v) == 1 for v in op.inputs)]
+    return 0.0 if shifted and all(op in shifted or op.primitive in COPIES for op in made) else None
 
 
 def _plain(x: Any) -> Any:

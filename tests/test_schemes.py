@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from zoo import IMAGES, LARGE, TOKENS, VECTORS, ZOO, Case, Decoder, Stacked
+from zoo import IMAGES, LARGE, TOKENS, VECTORS, ZOO, Case, Decoder, NFNet, Stacked
 
 import fixup_init as fi
 from fixup_init.models import resnet_nnx
@@ -77,14 +77,31 @@ def test_in_a_normalized_model_the_scale_is_zeroed() -> None:
     plan = fi.plan(cifar_resnet(20, norm="batch"), IMAGES)
     for block in ("layer1_0", "layer2_1", "layer3_2"):
         assert plan[f"{block}/norm2/scale"].value == 0.0
-        assert "normalization follows" in plan[f"{block}/norm2/scale"].reason
+        assert "normalization or standardization hides" in plan[f"{block}/norm2/scale"].reason
         assert plan[f"{block}/norm1/scale"].value == 1.0
         for k in (1, 2):
             assert plan[f"{block}/conv{k}/kernel"].distribution == "normal"
-            assert "normalization follows" in plan[f"{block}/conv{k}/kernel"].reason
+            assert "a normalization hides its scale" in plan[f"{block}/conv{k}/kernel"].reason
     pre = fi.plan(cifar_resnet(20, norm="batch", preactivation=True), IMAGES)
     assert pre["layer1_0/conv2/kernel"].value == 0.0
     assert pre["layer1_0/norm2/scale"].value == 1.0
+
+
+def test_standardized_kernels_leave_the_zero_to_the_multiplier() -> None:
+    plan = fi.plan(NFNet(), IMAGES)
+    assert [plan[f"skip{k}"].value for k in range(3)] == [0.0] * 3
+    assert "hides its scale" in plan["StandardizedConv_1/w"].reason
+    assert plan["StandardizedConv_1/gain"].distribution == "model"
+
+
+def test_a_multiplier_that_enters_as_a_function_is_left_alone() -> None:
+    def apply(p: Any, x: Any) -> Any:
+        return x * jnp.exp(p["log"]) * (1 + p["offset"]) * p["plain"]
+
+    model = fi.Function(apply, {k: jax.ShapeDtypeStruct((16,), jnp.float32) for k in ("log", "offset", "plain")})
+    plan = fi.plan(model, VECTORS, scheme="he")
+    assert plan["log"].distribution == "model"
+    assert (plan["offset"].value, plan["plain"].value) == (0.0, 1.0)
 
 
 def test_a_tied_head_is_not_erased() -> None:

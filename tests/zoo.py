@@ -178,6 +178,158 @@ class PoolMixer(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
+class ConvNeXt(nn.Module):
+    """Depthwise convolution, layer norm, two dense layers, LayerScale (Liu et al. 2022)."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.LayerNorm()(nn.Conv(32, (4, 4), (4, 4))(x))
+        for k in range(3):
+            y = nn.LayerNorm()(nn.Conv(32, (7, 7), feature_group_count=32)(x))
+            y = nn.Dense(32)(nn.gelu(nn.Dense(128)(y)))
+            x = x + y * self.param(f"scale{k}", nn.initializers.constant(1e-6), (32,))
+        return nn.Dense(10)(nn.LayerNorm()(x.mean((1, 2))))
+
+
+class StandardizedConv(nn.Module):
+    """A convolution whose kernel is standardized (Brock et al. 2021)."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        w = self.param("w", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.features))
+        gain = self.param("gain", nn.initializers.ones, (self.features,))
+        mean, variance, n = w.mean((0, 1, 2)), w.var((0, 1, 2)), w[..., 0].size
+        w = (w - mean) * jax.lax.rsqrt(jnp.maximum(variance * n, 1e-4)) * gain
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+class NFNet(nn.Module):
+    """Standardized kernels, squeeze-and-excite, and a multiplier that starts at zero."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = StandardizedConv(16)(x)
+        for k in range(3):
+            y = StandardizedConv(16)(nn.relu(StandardizedConv(16)(nn.relu(x) * 1.71)) * 1.71)
+            gate = nn.sigmoid(nn.Dense(16)(nn.relu(nn.Dense(4)(y.mean((1, 2))))))
+            x = x + 0.2 * (y * gate[:, None, None] * 2) * self.param(f"skip{k}", nn.initializers.zeros, ())
+        return nn.Dense(10, name="head")(nn.relu(x).mean((1, 2)))
+
+
+class Experts(nn.Module):
+    """Soft mixtures of experts: inside a branch, and as a sum of its own, which is none."""
+
+    residual: bool
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        gates = nn.softmax(nn.Dense(2)(x))
+        if not self.residual:
+            return nn.Dense(5, name="head")(gates[..., :1] * nn.Dense(32)(x) + gates[..., 1:] * nn.Dense(32)(x))
+        experts = jnp.stack([nn.Dense(32)(nn.relu(nn.Dense(64)(x))) for _ in range(2)], -1)
+        return nn.Dense(5, name="head")(x + jnp.einsum("bsde,bse->bsd", experts, gates))
+
+
+class Mixer(nn.Module):
+    """MLP-Mixer (Tolstikhin et al. 2021)."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Conv(32, (8, 8), (8, 8))(x).reshape(x.shape[0], -1, 32)
+        for _ in range(2):
+            y = nn.LayerNorm()(x).swapaxes(1, 2)
+            x = x + nn.Dense(16)(nn.gelu(nn.Dense(64)(y))).swapaxes(1, 2)
+            x = x + nn.Dense(32)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
+        return nn.Dense(10, name="head")(nn.LayerNorm()(x).mean(1))
+
+
+class Conformer(nn.Module):
+    """Half-step feed-forward, attention, gated convolution with batch norm (Gulati et al. 2020)."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        def feed_forward(x: Any) -> Any:
+            return nn.Dense(32)(nn.silu(nn.Dense(128)(nn.LayerNorm()(x))))
+
+        x = x + 0.5 * feed_forward(x)
+        y = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(4)(y, y)
+        a, b = jnp.split(nn.Dense(64)(nn.LayerNorm()(x)), 2, -1)
+        y = nn.Conv(32, (7,), feature_group_count=32)(a * nn.sigmoid(b))
+        x = x + nn.Dense(32)(nn.silu(nn.BatchNorm(use_running_average=False)(y)))
+        x = x + 0.5 * feed_forward(x)
+        return nn.Dense(10, name="head")(nn.LayerNorm()(x))
+
+
+class Discriminator(nn.Module):
+    """Scaled residuals with a projection (StyleGAN2)."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.leaky_relu(nn.Conv(16, (1, 1))(x), 0.2)
+        for features in (32, 64):
+            y = nn.leaky_relu(nn.Conv(x.shape[-1], (3, 3))(x), 0.2)
+            y = nn.leaky_relu(nn.Conv(features, (3, 3), (2, 2))(y), 0.2)
+            x = (y + nn.Conv(features, (1, 1), (2, 2), use_bias=False)(x)) / jnp.sqrt(2.0)
+        return nn.Dense(1, name="head")(x.reshape(x.shape[0], -1))
+
+
+class Llama(nn.Module):
+    """RMS norm, rotary embedding, query-key norm, grouped queries, SwiGLU."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        angles = jnp.arange(x.shape[1])[:, None] * jnp.exp(-jnp.arange(4) / 4.0)
+        cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+
+        def rotate(t: Any) -> Any:
+            a, b = jnp.split(t, 2, -1)
+            return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+        x = nn.Dense(32, name="stem")(x)
+        for _ in range(2):
+            y = nn.RMSNorm()(x)
+            q, k, v = (nn.DenseGeneral((heads, 8), use_bias=False)(y) for heads in (4, 2, 2))
+            q, k = nn.RMSNorm()(rotate(q)), jnp.repeat(nn.RMSNorm()(rotate(k)), 2, 2)
+            weights = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5)
+            y = jnp.einsum("bhqk,bkhd->bqhd", weights, jnp.repeat(v, 2, 2))
+            x = x + nn.DenseGeneral(32, axis=(-2, -1), use_bias=False)(y)
+            y = nn.RMSNorm()(x)
+            x = x + nn.Dense(32)(nn.silu(nn.Dense(64)(y)) * nn.Dense(64)(y))
+        return nn.Dense(5, name="head")(x)
+
+
+class MobileNet(nn.Module):
+    """Inverted bottlenecks with batch norm and relu6 (Sandler et al. 2018)."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        def conv(x: Any, features: int, size: int = 1, stride: int = 1, groups: int = 1) -> Any:
+            x = nn.Conv(features, (size, size), (stride, stride), feature_group_count=groups, use_bias=False)(x)
+            return nn.BatchNorm(use_running_average=False)(x)
+
+        x = nn.relu6(conv(x, 16, 3))
+        for stride, features in ((1, 16), (2, 24), (1, 24)):
+            y = nn.relu6(conv(x, 6 * x.shape[-1]))
+            y = conv(nn.relu6(conv(y, y.shape[-1], 3, stride, y.shape[-1])), features)
+            x = x + y if x.shape == y.shape else y
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class StochasticDepth(nn.Module):
+    """Branches that are dropped at random (Huang et al. 2016), in a network that shares its layers over depth."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        norm, up, down = nn.LayerNorm(), nn.Dense(64, name="up"), nn.Dense(32, name="down")
+        for _ in range(3):
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 0.8, (x.shape[0], 1, 1))
+            x = x + jnp.where(keep, down(nn.gelu(up(norm(x)))) / 0.8, 0.0)
+        return nn.Dense(3, name="head")(x)
+
+
 class MLPBlock(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.up, self.down = nnx.Linear(16, 64, rngs=rngs), nnx.Linear(64, 16, rngs=rngs)
@@ -294,6 +446,20 @@ ZOO: tuple[Case, ...] = (
     Case("densenet", lambda: DenseBlocks(), (IMAGES,), 0, (), 3, "Conv_0/kernel", "Dense_0/kernel"),
     Case("poolformer", lambda: PoolMixer(), (IMAGES,), 4, ((0, 0.0, "identity"), (2, 2.0, "identity")) * 2, 4,
          "Conv_0/kernel", "Dense_4/kernel"),
+    Case("convnext", lambda: ConvNeXt(), (IMAGES,), 3, ((3, 2.0, "identity"),) * 3, 5, "Conv_0/kernel",
+         "Dense_6/kernel"),
+    Case("nfnet", lambda: NFNet(), (IMAGES,), 3, ((4, 0.0, "identity"),) * 3, 0, "StandardizedConv_0/w", "head/kernel"),
+    Case("experts", lambda: Experts(True), (SEQUENCE,), 1, ((2, 2.0, "identity"),), 0, None, "head/kernel"),
+    Case("mixture", lambda: Experts(False), (SEQUENCE,), 0, (), 0, "Dense_0/kernel", "head/kernel"),
+    Case("mixer", lambda: Mixer(), (IMAGES,), 4, (MLP,) * 4, 5, "Conv_0/kernel", "head/kernel"),
+    Case("conformer", lambda: Conformer(), (SEQUENCE,), 4, (MLP, ATTENTION, (3, 1.0, "identity"), MLP), 6, None,
+         "head/kernel"),
+    Case("discriminator", lambda: Discriminator(), (IMAGES,), 2, ((2, 2.0, "projection"),) * 2, 0, "Conv_0/kernel",
+         "head/kernel", projections=2),
+    Case("llama", lambda: Llama(), (SEQUENCE,), 4, (ATTENTION, GATED) * 2, 8, "stem/kernel", "head/kernel"),
+    Case("mobilenet-v2", lambda: MobileNet(), (IMAGES,), 2, ((3, 0.0, "identity"),) * 2, 10, "Conv_0/kernel",
+         "Dense_0/kernel"),
+    Case("shared-depth", lambda: StochasticDepth(), (SEQUENCE,), 3, (MLP,) * 3, 3, None, "head/kernel"),
     Case("nnx-list", lambda: Stacked(False, nnx.Rngs(0)), (VECTORS,), 4, (MLP,) * 4, 0, None, "head/kernel"),
     Case("nnx-scan", lambda: Stacked(True, nnx.Rngs(0)), (VECTORS,), 4, (MLP,), 0, None, "head/kernel"),
     Case("function", plain_function, (VECTORS,), 5, (MLP,) * 5, 0, "in", "out"),

@@ -26,7 +26,9 @@ def rest(parameter: Parameter) -> Entry:
         case "bias" | "norm_bias":
             return constant(parameter, 0.0, "additive: 0")
         case "norm_scale" | "multiplier":
-            neutral = 1.0 if parameter.neutral is None else parameter.neutral
+            neutral = parameter.neutral
+            if neutral is None:
+                return as_model(parameter, "multiplies as a function of its value: the model's own")
             what = "scale of a normalization" if parameter.role == "norm_scale" else "multiplier"
             return constant(parameter, neutral, f"{what}: {neutral:g}" + (" (it enters as 1 + value)" * (not neutral)))
         case "embedding":

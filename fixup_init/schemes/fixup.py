@@ -111,6 +111,10 @@ class Fixup:
                 entries.append(rest(q))
         slow = {"bias", "multiplier"}
         entries = [dataclasses.replace(e, rate=self.scalar_rate) if e.role in slow else e for e in entries]
+        if structure.unruled:
+            notes.append(
+                f"No rule for the order of {', '.join(structure.unruled)}: taken as constants in their branches."
+            )
         if not heads:
             notes.append("No head was found: outputs come from residual sums. Nothing outside of branches is zero.")
         if not structure.branches:
@@ -123,7 +127,7 @@ class Fixup:
         for path in dict.fromkeys(branch.weights):
             if parameters[path].role == "kernel" and branch.shares[path] < 1:
                 control = branch.roles[path] == "control"
-                why = "on a control path" if control else "a normalization follows, so scaling would do nothing"
+                why = "on a control path" if control else "a normalization hides its scale, so scaling would do nothing"
                 entries.append(self.base.entry(parameters[path], prefix=f"{where}: ", suffix=f"; {why}"))
         return entries
 
@@ -146,13 +150,16 @@ class Fixup:
             else:
                 suffix = f" x L^(-1/{2 * m - 2:g}) = {L}^(-1/{2 * m - 2:g})"
                 entries.append(self.base.entry(q, factor(L, m), prefix=place, suffix=suffix))
-        if not branch.last:
-            notes.append(f"{where} ({branch.scope}) has no weight of its own to set to zero.")
-        elif any(branch.shares[path] < 1 for path in branch.last):
-            reason = f"{where}: zero here and not in `{branch.last[-1]}`, which a normalization follows"
+        if not branch.weights:
+            notes.append(f"{where} ({branch.scope}) has no weight to set to zero.")
+        elif not branch.last or any(branch.shares[path] < 1 for path in branch.last):
+            behind = branch.last[-1] if branch.last else branch.weights[-1]
+            reason = f"{where}: zero here and not in `{behind}`, which a normalization or standardization hides"
             entries.extend(constant(parameters[path], 0.0, reason) for path in branch.closing)
             if not branch.closing:
-                notes.append(f"{where} ({branch.scope}) ends in a normalization without a scale: it cannot start at 0.")
+                notes.append(
+                    f"{where} ({branch.scope}) has no parameter that multiplies its end: it cannot start at 0."
+                )
         return entries
 
     def _heads(self, structure: Structure, parameters: dict[str, Parameter]) -> tuple[str, ...]:
