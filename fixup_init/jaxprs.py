@@ -38,9 +38,11 @@ class Marker:
     name: str
 
 
-# Primitives that jax.lax names and jax.extend does not.
-BARRIER = jax.lax.optimization_barrier_p
-SPLIT, STACK, UNSTACK, TILE = jax.lax.split_p, jax.lax.stack_p, jax.lax.unstack_p, jax.lax.tile_p
+# Primitives that jax.lax names and jax.extend does not; where this JAX has none of a name, nothing matches.
+BARRIER, SPLIT, STACK, UNSTACK, TILE = (
+    getattr(jax.lax, f"{name}_p", Marker(name))
+    for name in ("optimization_barrier", "split", "stack", "unstack", "tile")
+)
 
 CARRY_IN = Marker("carry_in")  # initial carry -> carry seen by the body
 CARRY_OUT = Marker("carry_out")  # carry returned by the body -> final carry
