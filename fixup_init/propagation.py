@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from fixup_init.plain import plain
+
 __all__ = ["Comparison", "Drift", "Propagation", "Row", "Statistics"]
 
 RowKind = Literal["input", "weight", "nonlinearity", "norm", "branch", "sum", "output"]
@@ -157,7 +159,7 @@ class Propagation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with a schema version; non-finite numbers are None."""
-        return {"version": _VERSION, **_plain(dataclasses.asdict(self)), "summary": self.summary()}
+        return {"version": _VERSION, **plain(self), "summary": self.summary()}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
@@ -254,11 +256,3 @@ def _statistics(data: dict[str, Any] | None) -> Statistics | None:
     if data is None:
         return None
     return Statistics(**{k: math.nan if v is None else v for k, v in data.items()})
-
-
-def _plain(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {k: _plain(v) for k, v in x.items()}
-    if isinstance(x, (tuple, list)):
-        return [_plain(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x

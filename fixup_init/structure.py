@@ -11,6 +11,7 @@ from typing import Any, Literal
 from fixup_init.graph import COPIES, Graph
 from fixup_init.jaxprs import Loop, p
 from fixup_init.orders import has_rule, orders
+from fixup_init.plain import plain
 from fixup_init.residual import Branch as BranchNodes
 from fixup_init.residual import Residual
 from fixup_init.tracing import Traced, trace
@@ -150,7 +151,7 @@ class Structure:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with a version."""
-        return {"version": 1, "num_branches": self.num_branches, "stem": self.stem, "head": self.head} | _plain(self)
+        return {"version": 1, "num_branches": self.num_branches, "stem": self.stem, "head": self.head} | plain(self)
 
     def __str__(self) -> str:
         from fixup_init.report.tree import tree
@@ -424,13 +425,3 @@ def _neutral(graph: Graph, value: int, leaf: int) -> float | None:
     made = [graph.program.ops[k] for k in behind]
     shifted = [op for op in made if op.primitive is p.add_p and any(graph.literal(v) == 1 for v in op.inputs)]
     return 0.0 if shifted and all(op in shifted or op.primitive in COPIES for op in made) else None
-
-
-def _plain(x: Any) -> Any:
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
-    if isinstance(x, dict):
-        return {k: _plain(v) for k, v in x.items()}
-    if isinstance(x, (tuple, list)):
-        return [_plain(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x

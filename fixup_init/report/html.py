@@ -14,6 +14,7 @@ from typing import Any
 
 from fixup_init.extras import require
 from fixup_init.files import replacing
+from fixup_init.plain import plain
 from fixup_init.propagation import Comparison, Propagation, Row, Statistics
 from fixup_init.report.layout import number, positions, propagations, shape, spaced, title, words
 from fixup_init.report.records import TrainingRun
@@ -68,7 +69,7 @@ def html(
         tree=tree(structure, _TREE) if structure is not None else "",
         runs=_summaries(runs),
         table=_table(table or ()),
-        data=_finite({
+        data=plain({
             "fields": _FIELDS,
             "statistics": _STATISTICS,
             "propagations": [_propagation(one) for one in several],
@@ -188,12 +189,3 @@ def _cell(value: Any) -> str:
     if value is None:
         return "–"
     return number(value, 4) if isinstance(value, float) else str(value)
-
-
-def _finite(x: Any) -> Any:
-    """Plain data without NaN and infinities, which JSON has no words for."""
-    if isinstance(x, dict):
-        return {k: _finite(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_finite(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x

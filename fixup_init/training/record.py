@@ -4,11 +4,13 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, PyTree
+
+from fixup_init.plain import plain
 
 Phase = Literal["compiling", "training", "evaluating", "done"]
 
@@ -70,7 +72,7 @@ class History:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the variables, ready for JSON: numbers that are not finite become None."""
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "variables"}
-        record["epochs"] = [{k: _json_number(v) for k, v in asdict(epoch).items()} for epoch in self.epochs]
+        record["epochs"] = plain(list(self.epochs))
         return record | {"losses": list(self.losses), "test_accuracy": self.test_accuracy}
 
     def to_json(self) -> str:
@@ -197,7 +199,3 @@ class Recorder:
             message=self.message,
             variables=variables,
         )
-
-
-def _json_number(value: float | int) -> float | int | None:
-    return value if math.isfinite(value) else None
