@@ -284,3 +284,14 @@ def test_measure_reports_progress() -> None:
 def test_a_model_without_normalization_is_compared_once_a_scheme() -> None:
     compared = fi.compare(plain_function(), VECTORS, cases=[("he", "kept"), ("he", "removed"), ("fixup", "removed")])
     assert [one.label for one in compared] == ["he_normal_fan_in", "fixup"]
+
+
+def test_several_models_are_compared_and_left_as_they_are() -> None:
+    module = Stacked(False, nnx.Rngs(0))
+    before = jax.tree.map(jnp.copy, nnx.state(module))
+    compared = fi.compare({"nnx": module, "plain": plain_function()}, VECTORS, cases=[("fixup", "kept")])
+    assert [one.label for one in compared] == ["nnx, fixup", "plain, fixup"]
+    assert all(one.drift("forward").verdict == "flat" for one in compared)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(module))
+    with pytest.raises(KeyError, match="'nnx, fixup'"):
+        compared["fixup"]
