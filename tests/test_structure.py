@@ -195,3 +195,33 @@ def test_plain_networks_and_scans_of_nnx() -> None:
     (branch,) = scanned.branches
     assert (branch.repeats, scanned.num_branches) == (4, 4)
     assert (scanned.layers[0].fan_in, scanned.layers[0].fan_out, scanned.layers[0].repeats) == (16, 64, 4)
+
+
+def _square(*names: str) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct((16, 16), jnp.float32) for name in names}
+
+
+def test_as_many_weights_on_each_side_are_parallel() -> None:
+    def apply(p: Any, x: Any) -> Any:
+        return jax.nn.relu(x @ p["a"] + x @ p["b"]) @ p["head"]
+
+    s = fi.structure(fi.Function(apply, _square("a", "b", "head")), VECTORS)
+    assert s.num_branches == 0 and s.head == "head"
+
+
+def test_a_gate_is_no_skip() -> None:
+    """sigmoid(W1 x) c + W3 relu(W2 x): the term with fewer weights is no projection, it does not carry x."""
+
+    def apply(p: Any, x: Any, c: Any) -> Any:
+        return (jax.nn.sigmoid(x @ p["a"]) * c + jax.nn.relu(x @ p["b"]) @ p["c"]) @ p["head"]
+
+    assert fi.structure(fi.Function(apply, _square("a", "b", "c", "head")), VECTORS, VECTORS).num_branches == 0
+
+
+def test_a_scan_over_data_is_no_depth() -> None:
+    def apply(p: Any, x: Any) -> Any:
+        return jax.lax.map(lambda row: row + jax.nn.relu(row @ p["a"]) @ p["b"], x)
+
+    s = fi.structure(fi.Function(apply, _square("a", "b")), VECTORS)
+    assert [(b.depth, b.repeats) for b in s.branches] == [(2, 1)]
+    assert s.num_branches == 1
