@@ -256,3 +256,15 @@ def test_fixup_output_is_zero_and_branches_are_zero() -> None:
         variables = fi.init(model, jax.random.key(0), x)
         inputs = jnp.ones(x.shape, x.dtype)
         assert not model.apply(variables, inputs).any()
+
+
+def test_init_under_jit_and_vmap() -> None:
+    """A drop-in for `model.init` also where that is jitted (for sharding) or mapped over keys (for ensembles)."""
+    model, x = cifar_resnet(8, norm="batch"), jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    plain = fi.init(model, jax.random.key(1), x)
+    jitted = jax.jit(lambda key: fi.init(model, key, x))(jax.random.key(1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plain, jitted)
+    keys = jax.random.split(jax.random.key(0), 3)
+    many = jax.vmap(lambda key: fi.init(model, key, x))(keys)
+    one = fi.init(model, keys[2], x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[2], b, rtol=1e-6), many, one)
