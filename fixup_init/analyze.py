@@ -14,6 +14,7 @@ from fixup_init.frameworks import ModelError
 from fixup_init.frameworks.application import path_of
 from fixup_init.initialize import draw
 from fixup_init.propagation import Comparison, Propagation, Row
+from fixup_init.sample import typed_key
 from fixup_init.schemes import Scheme
 from fixup_init.structure import of_trace
 from fixup_init.tracing import Traced, check_normalization, trace, without_normalization
@@ -55,7 +56,7 @@ def analyze(
       normalization: "kept", or "removed" to bypass every normalization.
       probe: where the backward pass starts: "output", "head" (the input of the head) or "auto" (the input of the head
         where its kernel is zero, else the output).
-      key: for data and probe; `jax.random.key(0)` by default.
+      key: for data, probe and the model's own noise (dropout); `jax.random.key(0)` by default.
       label: name of the result; the model's name by default.
       progress: called with (what, done, in all) as blocks finish.
       **kwargs: the model's own keyword arguments.
@@ -82,6 +83,7 @@ def analyze(
         params, state = jax.tree.unflatten(tree, own)
     else:
         params, state = _separate(traced, variables)
+    key = typed_key(0 if key is None else key)
     return measure(traced, params, state, probe, key, label or traced.application.name, progress)
 
 
@@ -113,7 +115,7 @@ def compare(
     Raises:
       ModelError, StructureError, DataError, ValueError: as `fi.init` and `fi.analyze`.
     """
-    key = jax.random.key(0) if key is None else key
+    key = typed_key(0 if key is None else key)
     models = model if isinstance(model, Mapping) else {"": model}
     for _, normalization in cases:
         check_normalization(normalization)
@@ -136,7 +138,6 @@ def measure(
     traced: Traced, params: Any, state: Any, probe: Probe, key: Any, label: str, progress: Progress | None = None
 ) -> Propagation:
     """Measures a traced model with concrete parameters."""
-    key = jax.random.key(0) if key is None else key
     graph = traced.graph
     program = graph.program
     tapped = taps.place(traced)

@@ -151,7 +151,7 @@ def main(args: list[str] | None = None) -> int:
     command = tyro.cli(Command, args=args, prog="fixup-init", description=__doc__)  # pyright: ignore
     try:
         return command.run()
-    except (load.SpecError, ImportError, TypeError, ValueError) as error:
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         print(f"fixup-init: {error}", file=sys.stderr)
         return 2
 

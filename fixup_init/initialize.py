@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from fixup_init import schemes
 from fixup_init.plan import Plan
-from fixup_init.sample import sample
+from fixup_init.sample import sample, typed_key
 from fixup_init.schemes import Scheme
 from fixup_init.structure import of_trace
 from fixup_init.tracing import Traced, trace
@@ -84,7 +83,7 @@ def init(
     """
     traced = trace(model, args, kwargs, normalization)
     planned = scheme if isinstance(scheme, Plan) else schemes.find(scheme).plan(of_trace(traced))
-    return traced.application.combine(*draw(traced, planned, _key(key)))
+    return traced.application.combine(*draw(traced, planned, typed_key(key)))
 
 
 def draw(traced: Traced, planned: Plan, key: Any) -> tuple[Any, Any]:
@@ -107,8 +106,7 @@ def draw(traced: Traced, planned: Plan, key: Any) -> tuple[Any, Any]:
                 f"{list(entries[path].shape)} in the plan and {shape[1]}{list(shape[0])} in the model. Make the plan "
                 "with fi.plan on these inputs."
             )
-    single = key.get("params", next(iter(key.values()))) if isinstance(key, Mapping) else key
-    drawn = sample([entries[path] for path in paths], single)
+    drawn = sample([entries[path] for path in paths], key)
     n_state = len(jax.tree.leaves(application.state))
     wanted = [entries[path].distribution == "model" for path in paths] + [True] * n_state
     own = application.initial(key, wanted) if any(wanted) else [None] * len(wanted)
@@ -116,18 +114,3 @@ def draw(traced: Traced, planned: Plan, key: Any) -> tuple[Any, Any]:
     params = jax.tree.unflatten(jax.tree.structure(application.params), flat)
     state = jax.tree.unflatten(jax.tree.structure(application.state), own[len(paths) :])
     return params, state
-
-
-def _key(key: Any) -> Any:
-    """A key, from what frameworks take as one."""
-    if hasattr(key, "params") and callable(key.params):  # nnx.Rngs
-        return key.params()
-    if isinstance(key, int):
-        return jax.random.key(key)
-    if isinstance(key, Mapping):
-        if not key:
-            raise ValueError("key is an empty dictionary; expected {'params': key}.")
-        return {name: _key(k) for name, k in key.items()}
-    if not hasattr(key, "dtype"):
-        raise TypeError(f"key={key!r}: expected a JAX random key, as from jax.random.key(0).")
-    return key

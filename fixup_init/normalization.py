@@ -59,20 +59,13 @@ def find(graph: Graph) -> tuple[Norm, ...]:
     return tuple(found)
 
 
-def remove(graph: Graph, norms: tuple[Norm, ...], affine: str = "dropped") -> Program:
-    """The program with normalizations bypassed.
+def remove(graph: Graph, norms: tuple[Norm, ...]) -> Program:
+    """The program with normalizations bypassed, their scale and bias included.
 
     Args:
       graph: the graph in which `norms` were found.
       norms: what to take out.
-      affine: "dropped" (scale and bias go too) or "kept" (they act on what the normalization was given).
     """
-    if affine == "kept":
-        raise NotImplementedError(
-            "affine='kept' is not there yet; use affine='dropped', which takes scale and bias out with the statistics."
-        )
-    if affine != "dropped":
-        raise ValueError(f"affine={affine!r}: expected 'dropped' or 'kept'.")
     program = graph.program
     instead: dict[int, int] = {}
     for norm in norms:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Key, Shaped, UInt32
 
 from fixup_init.plan import Entry
 
-__all__ = ["sample"]
+__all__ = ["sample", "typed_key"]
 
 # Standard deviation of a standard normal truncated to [-2, 2].
 _TRUNCATED = 0.87962566103423978
@@ -29,18 +29,39 @@ _BLOCK = 1 << 14  # numbers drawn from one key
 _BATCH = 16  # blocks drawn in one call
 
 
-def sample(entries: Sequence[Entry], key: Key[Array, ""] | UInt32[Array, "words"]) -> dict[str, Shaped[Array, "..."]]:
+def typed_key(key: Any) -> Key[Array, ""]:
+    """A typed key from what frameworks take as one: a key of either kind, a seed, `nnx.Rngs`, Flax's dictionary.
+
+    Raises:
+      TypeError, ValueError: it is none of these.
+
+    Example:
+      >>> bool((jax.random.key_data(typed_key({"params": jax.random.PRNGKey(3)})) == jax.random.PRNGKey(3)).all())
+      True
+    """
+    if hasattr(key, "params") and callable(key.params):  # nnx.Rngs
+        key = key.params()
+    if isinstance(key, Mapping):
+        if not key:
+            raise ValueError("key is an empty dictionary; expected {'params': key}.")
+        return typed_key(key.get("params", next(iter(key.values()))))
+    if isinstance(key, int):
+        return jax.random.key(key)
+    if not hasattr(key, "dtype"):
+        raise TypeError(f"key={key!r}: expected a JAX random key, as from jax.random.key(0).")
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
+def sample(entries: Sequence[Entry], key: Key[Array, ""]) -> dict[str, Shaped[Array, "..."]]:
     """Draws the entries that say how.
 
     Args:
       entries: of a plan; those with distribution "model" are left out.
-      key: a JAX random key, of either kind.
+      key: of `typed_key`.
 
     Returns:
       An array for each path.
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
     drawn: dict[str, Array] = {}
     groups: dict[tuple[tuple[int, ...], str, str], list[Entry]] = defaultdict(list)
     for e in entries:

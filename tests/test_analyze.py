@@ -244,6 +244,22 @@ def test_deep_signals_overflow_neither_in_the_statistics_nor_silently() -> None:
     assert fi.Propagation.from_dict(over.to_dict()).rows[-1].forward.finite == 0
 
 
+def test_keys_of_every_kind_make_the_same_noise() -> None:
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Dense(4)(nn.Dropout(0.5, deterministic=False)(x))
+
+    x = jnp.ones((8, 16))
+    variables = Noisy().init(jax.random.key(0), x)
+    typed, raw, seed = (
+        fi.analyze(Noisy(), variables, x, key=key) for key in (jax.random.key(5), jax.random.PRNGKey(5), 5)
+    )
+    other = fi.analyze(Noisy(), variables, x, key=6)
+    assert typed == raw == seed
+    assert typed != other
+
+
 def test_probe() -> None:
     model, x = cifar_resnet(20, norm="fixup"), jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     zero_head = fi.init(model, jax.random.key(0), x)

@@ -31,6 +31,13 @@ def deep(depth=5):
 
 def needs(depth):
     return Net(depth)
+
+def sharded():
+    import jax, fixup_init as fi
+    spec = jax.sharding.PartitionSpec()
+    mesh = jax.make_mesh((1,), ("i",))
+    apply = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    return fi.Function(apply, jax.ShapeDtypeStruct((8, 3), "float32"))
 """
 
 
@@ -89,6 +96,7 @@ def test_analyze(folder: pathlib.Path) -> None:
         (["nets.py:model", "--input", "4,8,8,3:float33"], "expected sizes and maybe a dtype"),
         (["nets.py:model", "--input", "4,8,8,3", "--arg", "train"], "expected name=value"),
         (["nets.py:needs", "--input", "4,8,8,3"], "without required arguments"),
+        (["nets.py:sharded", "--input", "4,8"], "The primitive `shard_map`"),
         (["nets.py:number", "--input", "4,8,8,3"], "expected a Flax Linen module"),
         (["nets.py:model", "--input", "4,8"], "could not be initialized"),
         (["nets.py:model", "--input", "4,8,8,3", "--scheme", "fixap"], "did you mean 'fixup'"),

@@ -268,3 +268,13 @@ def test_init_under_jit_and_vmap() -> None:
     many = jax.vmap(lambda key: fi.init(model, key, x))(keys)
     one = fi.init(model, keys[2], x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[2], b, rtol=1e-6), many, one)
+
+
+def test_operations_without_a_rule_are_named() -> None:
+    def apply(p: Any, x: Any) -> Any:
+        return (x + jnp.cumprod(x @ p["a"], 0) @ p["b"]) @ p["head"]
+
+    shapes = {"a": (16, 16), "b": (16, 16), "head": (16, 2)}
+    model = fi.Function(apply, {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()})
+    assert fi.structure(model, VECTORS).unruled == ("cumprod",)
+    assert "No rule for the order of cumprod" in fi.plan(model, VECTORS).notes[0]

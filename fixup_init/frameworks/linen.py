@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from fixup_init import jaxprs
 from fixup_init.frameworks.application import Application, abstract, split_arguments
@@ -42,9 +41,6 @@ def adapt(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ap
 
     def initial(rng: Any, wanted: Sequence[bool]) -> list[Any]:
         """Runs what makes the wanted leaves in the trace of `init`, never the forward pass."""
-        rng = rng.get("params", next(iter(rng.values()))) if isinstance(rng, dict) else rng
-        if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-            rng = jax.random.wrap_key_data(rng)
         traced = closed if rng.dtype == key.dtype else jaxprs.jaxpr_of(init, rng, arguments.abstract)[0]
         program = jaxprs.flatten(traced)
         _, tree = jax.tree.flatten(shapes)
