@@ -46,6 +46,8 @@ class Inspect:
     """kept, or removed: as if every normalization were taken out."""
     json: bool = False
     """Print JSON instead."""
+    html: Path | None = None
+    """Write a page with the structure as a picture, and the plan."""
 
     def run(self) -> int:
         model, inputs, kwargs = self.target.read()
@@ -60,6 +62,10 @@ class Inspect:
             print(structure)
             if plan is not None:
                 print(plan)
+        if self.html is not None:
+            from fixup_init.report.html import structure_html, write
+
+            _wrote(write(self.html, structure_html(structure, plan, title=f"Structure: {structure.name}")))
         return 0
 
 

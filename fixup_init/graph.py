@@ -8,10 +8,11 @@ parameter's path, and its fan axes come from the equation that contracts it.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ class Graph:
         while value not in self.program.constants:
             k = self.maker.get(value)
             op = self.program.ops[k] if k is not None else None
-            if op is None or op.primitive not in COPIES:
+            if op is None or not (op.primitive in COPIES or jaxprs.is_cast(op.primitive)):
                 return None
             value = op.inputs[0]
         constant = self.program.constants[value]
@@ -156,7 +157,7 @@ def build(program: Program, leaves: Sequence[Leaf]) -> Graph:
                 users[a].append(node)
             for v in op.outputs:
                 node_of[v] = node
-            layer = _weight_layer(program, op, node, kind, origins, by_value)
+            layer = _weight_layer(program, op, node, kind, origins, by_value, maker)
             if layer is not None:
                 layers[node] = layer
         elif bits & (PARAM | STATE):
@@ -187,31 +188,40 @@ def _loops_with_activations(program: Program, kind: list[int]) -> set[Any]:
 
 
 def _weight_layer(
-    program: Program, op: Op, node: int, kind: list[int], origins: dict[int, tuple[int, ...]], leaves: dict[int, Leaf]
-) -> Layer | None:
+    program: Program, op: Op, node: int, kind: list[int], origins: dict[int, tuple[int, ...]], leaves: dict[int, Leaf],
+    maker: dict[int, int],
+) -> Layer | None:  # fmt: skip
     def weight(value: int) -> bool:
         return bool(kind[value] & PARAM) and not kind[value] & INPUT
 
+    def whole(value: int) -> tuple[int, ...]:
+        """The shape of a kernel, all devices' parts together."""
+        parts = _parts(program, maker, value)
+        return tuple(n * k for n, k in zip(program.shape(value), parts, strict=True))
+
+    kind_: Any = "dense"
     if op.primitive is p.dot_general_p:
         contract, batch = op.params["dimension_numbers"]
         sides = [s for s in (0, 1) if weight(op.inputs[s])]
         if not sides:
             return None
-        kernel = op.inputs[sides[0]]
-        shape, contracted = program.shape(kernel), contract[sides[0]]
+        side = sides[0]
+        kernel = op.inputs[side]
+        shape, contracted = whole(kernel), contract[side]
         fan_in = math.prod(shape[a] for a in contracted)
-        fan_out = math.prod(n for a, n in enumerate(shape) if a not in contracted and a not in batch[sides[0]])
+        fan_out = math.prod(n for a, n in enumerate(shape) if a not in contracted and a not in batch[side])
         rank = len(program.shape(op.outputs[0]))
-        free = len(shape) - len(contracted) - len(batch[sides[0]])
-        channel = rank - 1 if sides[0] == 1 or not free else len(batch[0]) + free - 1
-        kind_: Any = "dense"
+        free = len(shape) - len(contracted) - len(batch[side])
+        channel = rank - 1 if side == 1 or not free else len(batch[0]) + free - 1
         features = fan_out
+        if _one_hot(program, maker, op.inputs[1 - side]):
+            fan_in, kind_ = 1, "embedding"
     elif op.primitive is p.conv_general_dilated_p:
         kernel = op.inputs[1]
         if not weight(kernel):
             return None
         out_axis, in_axis, *space = op.params["dimension_numbers"].rhs_spec
-        shape = program.shape(kernel)
+        shape = whole(kernel)
         field = math.prod(shape[a] for a in space)
         groups = op.params["feature_group_count"] * op.params["batch_group_count"]
         fan_in, fan_out = shape[in_axis] * field, shape[out_axis] // groups * field
@@ -220,17 +230,46 @@ def _weight_layer(
         features = shape[out_axis]
     elif op.primitive is p.gather_p and weight(op.inputs[0]):
         kernel = op.inputs[0]
-        shape = program.shape(kernel)
+        shape = whole(kernel)
         fan_in, fan_out = 1, math.prod(shape[1:])  # one row is read: a product with a one-hot vector
         features = fan_out
         channel = len(program.shape(op.outputs[0])) - 1
         kind_ = "embedding"
+    elif len(op.inputs) > 2 and weight(op.inputs[1]) and jaxprs.is_ragged_dot(op.primitive):
+        kernel = op.inputs[1]  # (groups, in, out)
+        _, fan_in, fan_out = whole(kernel)
+        features, channel = fan_out, len(program.shape(op.outputs[0])) - 1
     else:
         return None
     made_of = sorted(
         (o for o in origins[kernel] if leaves[o].kind == "param"), key=lambda o: -math.prod(leaves[o].shape)
     )
     return Layer(leaves[made_of[0]].path, kind_, fan_in, fan_out, node, kernel, tuple(made_of), channel, features)
+
+
+def _parts(program: Program, maker: dict[int, int], value: int) -> tuple[int, ...]:
+    """Into how many parts a shard_map cut each axis of a value, where it reached its use as it was."""
+    whole = (1,) * len(program.shape(value))
+    while (k := maker.get(value)) is not None:
+        op = program.ops[k]
+        if op.primitive is jaxprs.SHARD_IN:
+            return op.params["parts"]
+        if op.primitive not in (p.convert_element_type_p, p.copy_p, jaxprs.IDENTITY, *jaxprs.collectives()):
+            return whole
+        value = op.inputs[0]
+    return whole
+
+
+def _one_hot(program: Program, maker: dict[int, int], value: int) -> bool:
+    """Whether a value holds truth values as numbers, index == position: a row is read, not a sum formed."""
+    while (k := maker.get(value)) is not None:
+        op = program.ops[k]
+        if op.primitive is p.eq_p:
+            return True
+        if op.primitive not in COPIES:
+            return False
+        value = op.inputs[0]
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,49 +280,118 @@ class Split:
     colors: dict[int, int]  # node after the split -> bit mask of the terms that it leads to
 
 
-def latest_common_ancestor(graph: Graph, terms: Sequence[int]) -> Split | None:
+_BUDGET = 96  # nodes to walk before asking whether the ancestors of one term are few
+_FEW = 256
+
+
+class _Walk:
+    """A walk back from some terms at once, latest node first."""
+
+    def __init__(self, graph: Graph, terms: Sequence[int]) -> None:
+        self._graph = graph
+        self._everyone = (1 << len(terms)) - 1
+        self._open = [0] * len(terms)
+        self._colors: dict[int, int] = {}
+        self._heap: list[int] = []
+        self._passed: dict[int, int] = {}
+        for t, node in enumerate(terms):
+            self._reach(node, 1 << t)
+
+    def _reach(self, node: int, mask: int) -> None:
+        before = self._colors.get(node)
+        if before is None:
+            heapq.heappush(self._heap, -node)
+            before = 0
+        self._colors[node] = before | mask
+        if new := mask & ~before:
+            for t in range(len(self._open)):
+                self._open[t] += new >> t & 1
+
+    def on(self, budget: int | None = None) -> Split | bool:
+        """Goes on until one node leads to every term (its split), no node can (False), or the budget ends (True)."""
+        graph, colors = self._graph, self._colors
+        steps = 0
+        while self._heap:
+            node = -self._heap[0]
+            mask = colors[node]
+            if mask == self._everyone:
+                return Split(node, self._passed)
+            if steps == budget:
+                return True
+            steps += 1
+            heapq.heappop(self._heap)
+            self._passed[node] = mask
+            for above in graph.parents[node]:
+                self._reach(above, mask)
+            for t in range(len(self._open)):
+                if mask >> t & 1:
+                    self._open[t] -= 1
+                    if not self._open[t]:
+                        return False  # every path back from this term has ended
+        return False
+
+
+def latest_common_ancestor(
+    graph: Graph, terms: Sequence[int], hopeless: Callable[[int], bool] = lambda split: False
+) -> Split | None:
     """Walks back from all terms at once, latest node first, until one node leads to every term.
 
-    A node counts as its own ancestor. The walk touches only nodes between the split and the terms.
+    A node counts as its own ancestor. The walk touches only nodes between the split and the terms. Where it is long
+    and one of two terms has few ancestors (a time embedding that is added in every block), the split is found among
+    those; then `hopeless(split)` may end the search before what lies between is walked.
 
     Returns:
-      The split, or None where no node leads to every term.
+      The split, or None where no node leads to every term or the search was ended.
     """
-    everyone = (1 << len(terms)) - 1
-    colors: dict[int, int] = {}
-    heap: list[int] = []
-    open_paths = [0] * len(terms)
+    walk = _Walk(graph, terms)
+    found = walk.on(_BUDGET)
+    if found is True:
+        if len(terms) == 2:
+            sides = [(few, other) for t, other in zip(terms, reversed(terms)) if (few := _few_ancestors(graph, t))]
+            if sides:
+                few, other = min(sides, key=lambda side: len(side[0]))
+                split = next((a for a in few if _reaches(graph, a, other)), None)
+                if split is None or hopeless(split):
+                    return None
+        found = walk.on()
+    return found if isinstance(found, Split) else None
 
-    def reach(node: int, mask: int) -> None:
-        before = colors.get(node)
-        if before is None:
-            heapq.heappush(heap, -node)
-            before = 0
-        colors[node] = before | mask
-        for t in range(len(terms)):
-            if (mask & ~before) >> t & 1:
-                open_paths[t] += 1
 
-    for t, node in enumerate(terms):
-        reach(node, 1 << t)
-    passed: dict[int, int] = {}
+def _few_ancestors(graph: Graph, node: int) -> list[int] | None:
+    """A node and its ancestors, latest first, unless they are many."""
+    seen, todo = {node}, [node]
+    while todo:
+        for a in graph.parents[todo.pop()]:
+            if a not in seen:
+                seen.add(a)
+                todo.append(a)
+        if len(seen) > _FEW:
+            return None
+    return sorted(seen, reverse=True)
+
+
+def _reaches(graph: Graph, node: int, descendant: int) -> bool:
+    """Whether a node leads to another; looks at its latest users first, since streams are long and conditions wide."""
+    heap: list[tuple[int, int, int]] = []
+    seen = {node}
+
+    def push(source: int, k: int) -> None:
+        if k >= 0:
+            heapq.heappush(heap, (-graph.users[source][k], source, k))
+
+    push(node, bisect.bisect_right(graph.users[node], descendant) - 1)
     while heap:
-        node = -heapq.heappop(heap)
-        mask = colors[node]
-        if mask == everyone:
-            return Split(node, passed)
-        passed[node] = mask
-        for above in graph.parents[node]:
-            reach(above, mask)
-        for t in range(len(terms)):
-            if mask >> t & 1:
-                open_paths[t] -= 1
-                if not open_paths[t]:
-                    return None  # every path back from this term has ended
-    return None
+        user, source, k = heapq.heappop(heap)
+        push(source, k - 1)
+        if -user == descendant:
+            return True
+        if -user not in seen:
+            seen.add(-user)
+            push(-user, bisect.bisect_right(graph.users[-user], descendant) - 1)
+    return node == descendant
 
 
 COPIES = frozenset({
     p.broadcast_in_dim_p, p.reshape_p, p.convert_element_type_p, p.squeeze_p, p.transpose_p, p.copy_p,
-    jaxprs.SLICE_IN, jaxprs.IDENTITY,
+    jaxprs.SLICE_IN, jaxprs.SHARD_IN, jaxprs.IDENTITY,
 })  # fmt: skip

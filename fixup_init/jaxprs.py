@@ -14,6 +14,9 @@ The result of an inlined call has the number of the value it returns, so a value
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -23,7 +26,8 @@ from jax.extend.core import Literal, Primitive
 from jax.extend.core import primitives as p
 
 __all__ = [
-    "Body", "Loop", "Marker", "Op", "Program", "UnknownPrimitiveError", "bind", "evaluate", "flatten", "jaxpr_of",
+    "Arm", "Body", "Loop", "Marker", "Op", "Program", "UnknownPrimitiveError", "bind", "collectives", "evaluate",
+    "flatten", "is_cast", "is_ragged_dot", "jaxpr_of", "opaque",
 ]  # fmt: skip
 
 
@@ -39,9 +43,9 @@ class Marker:
 
 
 # Primitives that jax.lax names and jax.extend does not; where this JAX has none of a name, nothing matches.
-BARRIER, SPLIT, STACK, UNSTACK, TILE = (
+BARRIER, SPLIT, STACK, UNSTACK, TILE, LOG2, SCATTER_SUB = (
     getattr(jax.lax, f"{name}_p", Marker(name))
-    for name in ("optimization_barrier", "split", "stack", "unstack", "tile")
+    for name in ("optimization_barrier", "split", "stack", "unstack", "tile", "log2", "scatter_sub")
 )
 
 CARRY_IN = Marker("carry_in")  # initial carry -> carry seen by the body
@@ -50,6 +54,8 @@ SLICE_IN = Marker("slice_in")  # stacked array -> the slice seen by the body
 STACK_OUT = Marker("stack_out")  # value returned by the body -> stacked array
 CHOOSE = Marker("choose")  # one result of every arm of a conditional -> the conditional's result
 IDENTITY = Marker("identity")  # a custom derivative that returns its argument
+SHARD_IN = Marker("shard_in")  # an array -> the part of it that one device of a shard_map sees
+SHARD_OUT = Marker("shard_out")  # what each device returns -> the whole array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,6 +65,26 @@ class Loop:
     length: int
     parent: Loop | None
     carries: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # (value of CARRY_IN, value carried out)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arm:
+    """One of the `count` arms of a conditional, of which one runs; `switch` numbers the conditional in its program."""
+
+    switch: int
+    index: int
+    count: int
+    parent: Arm | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Where:
+    """Where equations stand: the scopes of the calls around them, the innermost call's name, the scan, the arm."""
+
+    scope: str = ""
+    label: str = ""
+    loop: Loop | None = None
+    arm: Arm | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +113,7 @@ class Op:
     label: str = ""  # name of the innermost call inlined around it: "relu", "silu"
     loop: Loop | None = None
     body: Body | None = None
+    arm: Arm | None = None
 
     @property
     def name(self) -> str:
@@ -148,7 +175,7 @@ def flatten(closed: Any) -> Program:
     jaxpr = closed.jaxpr
     inputs = [flat.new(v.aval) for v in jaxpr.invars]
     steps: list[Op] = []
-    outputs = flat.run(jaxpr, closed.consts, inputs, steps, "", "", None)
+    outputs = flat.run(jaxpr, closed.consts, inputs, steps, _Where())
     program = Program(flat.avals, flat.constants, tuple(inputs), tuple(outputs), flat.ops, steps)
     return program.returning(outputs)
 
@@ -157,12 +184,13 @@ def flatten(closed: Any) -> Program:
 _PLAIN_CALLS = (p.jit_p, p.remat_p, p.closed_call_p, p.call_p)
 # Calls with a derivative of their own: inlined in `ops`, bound in `steps`.
 _CUSTOM_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
-# Primitives whose jaxpr is the scalar function that they combine with, and regions that are named, not entered.
+# Primitives whose jaxpr is the scalar function that they combine with.
 _COMBINERS = (
     p.reduce_p, p.reduce_window_p, p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_min_p, p.scatter_max_p,
     p.select_and_scatter_p,
 )  # fmt: skip
-_OPAQUE = (p.while_p, p.linear_solve_p)
+# Regions that are named, not entered.
+_REGIONS = (p.while_p, p.linear_solve_p)
 
 
 class _Flattener:
@@ -170,6 +198,7 @@ class _Flattener:
         self.avals: list[Any] = []
         self.constants: dict[int, Any] = {}
         self.ops: list[Op] = []
+        self.switches = 0
 
     def new(self, aval: Any) -> int:
         self.avals.append(aval)
@@ -180,14 +209,13 @@ class _Flattener:
         self.constants[i] = value
         return i
 
-    def mark(self, marker: Marker, inputs: Iterable[int], aval: Any, source: Any, outer: str, loop: Loop | None) -> int:
+    def mark(self, marker: Marker, inputs: Iterable[int], aval: Any, source: Any, at: _Where, **params: Any) -> int:
         out = self.new(aval)
-        self.ops.append(Op(marker, tuple(inputs), (out,), {}, source, outer, "", loop))
+        self.ops.append(Op(marker, tuple(inputs), (out,), params, source, at.scope, "", at.loop, None, at.arm))
         return out
 
     def run(
-        self, jaxpr: Any, consts: Iterable[Any], args: Sequence[int], steps: list[Op], outer: str, label: str,
-        loop: Loop | None,
+        self, jaxpr: Any, consts: Iterable[Any], args: Sequence[int], steps: list[Op], at: _Where
     ) -> list[int]:  # fmt: skip
         """Appends the equations of `jaxpr` to `self.ops` and `steps`; returns the numbers of its results."""
         env: dict[Any, int] = dict(zip(jaxpr.invars, args, strict=True))
@@ -198,53 +226,67 @@ class _Flattener:
             return self.constant(atom.aval, atom.val) if isinstance(atom, Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
-            primitive, params = eqn.primitive, eqn.params
+            primitive = eqn.primitive
             inputs = [read(a) for a in eqn.invars]
-            if primitive in _PLAIN_CALLS:
-                outputs = self._enter(eqn, inputs, steps, outer, label, loop)
+
+            def step(outputs: Sequence[int], body: Body | None = None, eqn: Any = eqn, inputs: Any = inputs) -> Op:
+                return Op(
+                    eqn.primitive, tuple(inputs), tuple(outputs), eqn.params, eqn.source_info, at.scope, at.label,
+                    at.loop, body, at.arm,
+                )  # fmt: skip
+
+            if primitive in _PLAIN_CALLS or primitive in _foreign().plain:
+                outputs = self._enter(eqn, inputs, steps, at)
             elif primitive in _CUSTOM_CALLS:
-                outputs = self._enter(eqn, inputs, None, outer, label, loop)
+                outputs = self._enter(eqn, inputs, None, at)
                 for k, (out, var) in enumerate(zip(outputs, eqn.outvars, strict=True)):
                     if out in inputs or out in outputs[:k] or out in self.constants:
-                        outputs[k] = self.mark(IDENTITY, (out,), var.aval, eqn.source_info, outer, loop)
-                steps.append(Op(primitive, tuple(inputs), tuple(outputs), params, eqn.source_info, outer, label, loop))
+                        outputs[k] = self.mark(IDENTITY, (out,), var.aval, eqn.source_info, at)
+                steps.append(step(outputs))
             elif primitive is p.scan_p:
-                outputs = self._scan(eqn, inputs, steps, outer, label, loop)
+                outputs, body = self._scan(eqn, inputs, at)
+                steps.append(step(outputs, body))
             elif primitive is p.cond_p:
-                outputs = self._cond(eqn, inputs, steps, outer, label, loop)
+                outputs = self._cond(eqn, inputs, at)
+                steps.append(step(outputs))
             elif primitive is BARRIER:
                 outputs = [
-                    self.mark(IDENTITY, (i,), v.aval, eqn.source_info, outer, loop)
+                    self.mark(IDENTITY, (i,), v.aval, eqn.source_info, at)
                     for i, v in zip(inputs, eqn.outvars, strict=True)
                 ]
-                steps.append(Op(primitive, tuple(inputs), tuple(outputs), params, eqn.source_info, outer, label, loop))
+                steps.append(step(outputs))
+            elif primitive in _foreign().shards:
+                outputs = self._shards(eqn, inputs, at)
+                steps.append(step(outputs))
             else:
-                if primitive not in _COMBINERS and primitive not in _OPAQUE and _holds_jaxpr(params):
-                    raise UnknownPrimitiveError(
-                        f"The primitive `{primitive.name}` (in scope {_join(outer, eqn) or 'top level'!r}) holds a "
-                        "jaxpr, and no rule says how to enter it. Write the model without it, or report it with a "
-                        "small example so that a rule can be added."
-                    )
+                self._check(eqn, at)
                 outputs = [self.new(v.aval) for v in eqn.outvars]
-                op = Op(primitive, tuple(inputs), tuple(outputs), params, eqn.source_info, outer, label, loop)
+                op = step(outputs)
                 self.ops.append(op)
                 steps.append(op)
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def _enter(
-        self, eqn: Any, inputs: list[int], steps: list[Op] | None, outer: str, label: str, loop: Loop | None
-    ) -> list[int]:
-        inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
-        name = eqn.params.get("name") or label
+    def _check(self, eqn: Any, at: _Where) -> None:
+        primitive = eqn.primitive
+        if primitive in _COMBINERS or not _holds_jaxpr(eqn.params) or opaque(primitive):
+            return
+        raise UnknownPrimitiveError(
+            f"The primitive `{primitive.name}` (in scope {_join(at.scope, eqn) or 'top level'!r}) holds a "
+            "jaxpr, and no rule says how to enter it. Write the model without it, or report it with a "
+            "small example so that a rule can be added."
+        )
+
+    def _enter(self, eqn: Any, inputs: list[int], steps: list[Op] | None, at: _Where) -> list[int]:
+        inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if k in eqn.params)
+        label = eqn.params.get("name") or at.label
         if steps is None:  # inside a custom derivative: bound whole, so its inner steps are not needed
             steps = []
-            name = _function_name(inner) or name
-        return self.run(_open(inner), _consts(inner), inputs, steps, _join(outer, eqn), name, loop)
+            label = _function_name(inner) or label
+        inside = dataclasses.replace(at, scope=_join(at.scope, eqn), label=str(label))
+        return self.run(_open(inner), _consts(inner), inputs, steps, inside)
 
-    def _scan(
-        self, eqn: Any, inputs: list[int], steps: list[Op], outer: str, label: str, loop: Loop | None
-    ) -> list[int]:
+    def _scan(self, eqn: Any, inputs: list[int], at: _Where) -> tuple[list[int], Body]:
         params, info = eqn.params, eqn.source_info
         inner = params["jaxpr"]
         jaxpr = _open(inner)
@@ -252,41 +294,157 @@ class _Flattener:
         n_carry = sum(a.aval.shape == b.aval.shape for a, b in zip(eqn.outvars, jaxpr.outvars, strict=True))
         n_xs = sum(a.aval.shape != b.aval.shape for a, b in zip(eqn.invars, jaxpr.invars, strict=True))
         n_consts = len(eqn.invars) - n_carry - n_xs
-        body_loop = Loop(params["length"], loop)
+        loop = Loop(params["length"], at.loop)
+        outside = dataclasses.replace(at, scope=_join(at.scope, eqn))
+        inside = dataclasses.replace(outside, loop=loop)
         consts, init, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
-        scope = _join(outer, eqn)
         carry_vars, xs_vars = jaxpr.invars[n_consts : n_consts + n_carry], jaxpr.invars[n_consts + n_carry :]
-        carry = [
-            self.mark(CARRY_IN, (i,), v.aval, info, scope, body_loop) for i, v in zip(init, carry_vars, strict=True)
-        ]
-        slices = [self.mark(SLICE_IN, (i,), v.aval, info, scope, body_loop) for i, v in zip(xs, xs_vars, strict=True)]
-        body_steps: list[Op] = []
+        carry = [self.mark(CARRY_IN, (i,), v.aval, info, inside) for i, v in zip(init, carry_vars, strict=True)]
+        slices = [self.mark(SLICE_IN, (i,), v.aval, info, inside) for i, v in zip(xs, xs_vars, strict=True)]
+        steps: list[Op] = []
         first_value = len(self.avals)
-        outs = self.run(jaxpr, _consts(inner), [*consts, *carry, *slices], body_steps, scope, label, body_loop)
-        body_loop.carries.extend(zip(carry, outs[:n_carry], strict=True))
+        outs = self.run(jaxpr, _consts(inner), [*consts, *carry, *slices], steps, inside)
+        loop.carries.extend(zip(carry, outs[:n_carry], strict=True))
         results = [
-            self.mark(CARRY_OUT if k < n_carry else STACK_OUT, (out,), var.aval, info, scope, loop)
+            self.mark(CARRY_OUT if k < n_carry else STACK_OUT, (out,), var.aval, info, outside)
             for k, (out, var) in enumerate(zip(outs, eqn.outvars, strict=True))
         ]
         held = tuple(v for v in self.constants if v >= first_value)
         body = Body(
-            body_steps, tuple(consts), tuple(carry), tuple(slices), tuple(outs[:n_carry]), tuple(outs[n_carry:]), held
+            steps, tuple(consts), tuple(carry), tuple(slices), tuple(outs[:n_carry]), tuple(outs[n_carry:]), held
         )
-        steps.append(Op(p.scan_p, tuple(inputs), tuple(results), params, info, outer, label, loop, body))
-        return results
+        return results, body
 
-    def _cond(
-        self, eqn: Any, inputs: list[int], steps: list[Op], outer: str, label: str, loop: Loop | None
-    ) -> list[int]:
+    def _cond(self, eqn: Any, inputs: list[int], at: _Where) -> list[int]:
         index, *args = inputs
-        scope = _join(outer, eqn)
-        arms = [self.run(_open(a), _consts(a), args, [], scope, label, loop) for a in eqn.params["branches"]]
-        outputs = [
-            self.mark(CHOOSE, (*(arm[k] for arm in arms), index), var.aval, eqn.source_info, scope, loop)
+        outside = dataclasses.replace(at, scope=_join(at.scope, eqn))
+        branches = eqn.params["branches"]
+        switch = self.switches
+        self.switches += 1
+        arms = [
+            self.run(
+                _open(arm), _consts(arm), args, [],
+                dataclasses.replace(outside, arm=Arm(switch, k, len(branches), at.arm)),
+            )
+            for k, arm in enumerate(branches)
+        ]  # fmt: skip
+        return [
+            self.mark(CHOOSE, (*(arm[k] for arm in arms), index), var.aval, eqn.source_info, outside, switch=switch)
             for k, var in enumerate(eqn.outvars)
         ]
-        steps.append(Op(p.cond_p, tuple(inputs), tuple(outputs), eqn.params, eqn.source_info, outer, label, loop))
-        return outputs
+
+    def _shards(self, eqn: Any, inputs: list[int], at: _Where) -> list[int]:
+        params, info = eqn.params, eqn.source_info
+        sizes = dict(params["mesh"].shape)
+        jaxpr = _open(params["jaxpr"])
+        inside = dataclasses.replace(at, scope=_join(at.scope, eqn))
+
+        def parts(spec: Any, rank: int) -> tuple[int, ...]:
+            """Into how many parts each axis is cut."""
+            names = [n if isinstance(n, tuple) else (n,) if n is not None else () for n in spec]
+            cut = [math.prod(sizes[n] for n in axis) for axis in names]
+            return tuple(cut + [1] * (rank - len(cut)))
+
+        args = [
+            self.mark(SHARD_IN, (i,), v.aval, info, inside, parts=parts(spec, len(v.aval.shape)))
+            for i, v, spec in zip(inputs, jaxpr.invars, params["in_specs"], strict=True)
+        ]
+        outs = self.run(jaxpr, _consts(params["jaxpr"]), args, [], inside)
+        return [self.mark(SHARD_OUT, (o,), v.aval, info, inside) for o, v in zip(outs, eqn.outvars, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Foreign:
+    """Primitives that no public module names, by what to do with them."""
+
+    plain: tuple[Any, ...]  # calls that are their body
+    shards: tuple[Any, ...]  # shard_map
+    casts: tuple[Any, ...]  # inside one: marks a value as different on each device
+    sums: tuple[Any, ...]  # inside one: a sum over devices
+    ragged: tuple[Any, ...]  # products with one matrix for each group of rows
+
+
+@functools.cache
+def _foreign() -> _Foreign:
+    """Found by tracing the smallest program that holds each; where this JAX has no such thing, nothing matches."""
+    one = jax.ShapeDtypeStruct((1,), np.float32)
+
+    def primitives(function: Callable[[], Callable[[Any], Any]]) -> list[Any]:
+        try:
+            jaxpr = jax.make_jaxpr(function())(one).jaxpr
+        except (AttributeError, ImportError, TypeError, ValueError, NotImplementedError):
+            return []
+        outer = [e.primitive for e in jaxpr.eqns]
+        inner = [
+            e.primitive for outer_eqn in jaxpr.eqns
+            for e in getattr(_open(outer_eqn.params.get("jaxpr", jaxpr)), "eqns", ())
+        ]  # fmt: skip
+        return [*outer, *inner]
+
+    def sharded(function: Callable[[Any], Any]) -> Callable[[], Callable[[Any], Any]]:
+        spec = jax.sharding.PartitionSpec("i")
+
+        def make() -> Callable[[Any], Any]:
+            mesh = jax.sharding.AbstractMesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+            return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True)
+
+        return make
+
+    def composed() -> Callable[[Any], Any]:
+        return jax.lax.composite(lambda x: x * 2.0, name="probe")
+
+    def ragged() -> Callable[[Any], Any]:
+        return lambda x: jax.lax.ragged_dot(x[:, None], x[:, None, None], np.ones(1, np.int32))
+
+    known = {p.mul_p, p.convert_element_type_p}
+    shard, *casts = primitives(sharded(lambda x: x * 2.0)) or [None]
+    sums = primitives(sharded(lambda x: jax.lax.psum(x, "i") * x))[1:]
+    casts = [q for q in casts if q not in known]
+    return _Foreign(
+        plain=tuple(q for q in primitives(composed) if q not in known),
+        shards=() if shard is None else (shard,),
+        casts=tuple(casts),
+        sums=tuple(q for q in sums if q not in known and q not in casts),
+        ragged=tuple(primitives(ragged)[-1:]),
+    )
+
+
+@functools.cache
+def _kernels() -> tuple[Any, ...]:
+    """Primitives of hand-written kernels, once the module that makes them is loaded."""
+    if "jax.experimental.pallas" not in sys.modules:
+        return ()
+    from jax.experimental import pallas
+
+    def double(x: Any, out: Any) -> None:
+        out[...] = x[...] * 2.0
+
+    one = jax.ShapeDtypeStruct((8, 128), np.float32)
+    return tuple(e.primitive for e in jax.make_jaxpr(pallas.pallas_call(double, out_shape=one))(one).jaxpr.eqns)
+
+
+def opaque(primitive: Any) -> bool:
+    """Whether a primitive is a region that is named and not entered: a while loop, a solver, a hand-written kernel."""
+    if primitive in _REGIONS:
+        return True
+    if "jax.experimental.pallas" not in sys.modules:
+        return False
+    return primitive in _kernels()
+
+
+def collectives() -> tuple[Any, ...]:
+    """Collectives inside a shard_map that no public module names; each keeps what it is given, or sums it."""
+    return _foreign().casts + _foreign().sums
+
+
+def is_cast(primitive: Any) -> bool:
+    """Whether a primitive only marks a value as different on each device of a shard_map."""
+    return primitive in _foreign().casts
+
+
+def is_ragged_dot(primitive: Any) -> bool:
+    """Whether a primitive multiplies each group of rows by a matrix of its own (`jax.lax.ragged_dot`)."""
+    return primitive in _foreign().ragged
 
 
 def evaluate(program: Program, args: Sequence[Any]) -> list[Any]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+from collections.abc import Mapping
 
+from fixup_init import axes
 from fixup_init.graph import STATE, Graph
 from fixup_init.jaxprs import Op, Program, p
 from fixup_init.orders import SQUASH, orders
@@ -27,7 +29,8 @@ class Norm:
     """One normalization, in values of the program: `source` is what it normalizes, `end` its result, affine included.
 
     `core` is the value in which the orders cancel; `region` holds the nodes from `source` to `end`, neither the source
-    itself; `scale` and `bias` are the leaves of its affine part.
+    itself; `axes` are those of the source that its statistics are taken over, and `batch` says whether examples share
+    them; `scale` and `bias` are the leaves of its affine part.
     """
 
     source: int
@@ -35,6 +38,7 @@ class Norm:
     end: int
     region: frozenset[int]
     axes: tuple[int, ...]
+    batch: bool
     form: str  # "train" or "inference"
     scale: tuple[int, ...]
     bias: tuple[int, ...]
@@ -56,7 +60,10 @@ def find(graph: Graph) -> tuple[Norm, ...]:
             norm = None
         if norm is not None:
             found.append(norm)
-    return tuple(found)
+    if not any(norm.form == "train" for norm in found):
+        return tuple(found)
+    batch = axes.batch_axes(graph)
+    return tuple(_with_axes(graph, norm, batch) if norm.form == "train" else norm for norm in found)
 
 
 def remove(graph: Graph, norms: tuple[Norm, ...]) -> Program:
@@ -106,7 +113,8 @@ def _statistical(graph: Graph, node: int, op: Op) -> Norm | None:
     known = orders(graph, sorted({*ops, *behind}), seeds)
     left, right = (known.get(v, 0.0) for v in op.inputs)
     if known[op.outputs[0]] != 0 or left == 0 or right == 0:
-        return None
+        if not _divisive(graph, op, sorted({*ops, *behind}), seeds):
+            return None
     centred = _centring(graph, start)
     nodes = set(region)
     if centred is not None:
@@ -115,11 +123,18 @@ def _statistical(graph: Graph, node: int, op: Op) -> Norm | None:
         reductions += [o for n in centred[1] if (o := graph.op(n)) is not None and o.primitive in _REDUCTIONS]
     scale = _leaves_of(graph, [n for n in region if _is(graph, n, p.mul_p)])
     end, tail, scale_after, bias = _affine(graph, node, source)
-    axes = _axes(graph, reductions, source)
     return Norm(
-        source, op.outputs[0], graph.value(end), frozenset(nodes | {node, *tail}), axes, "train",
+        source, op.outputs[0], graph.value(end), frozenset(nodes | {node, *tail}), (), False, "train",
         tuple(dict.fromkeys((*scale, *scale_after))), bias,
     )  # fmt: skip
+
+
+def _divisive(graph: Graph, op: Op, ops: list[int], seeds: dict[int, float]) -> bool:
+    """Whether x is divided by a statistic of x that a constant keeps from zero (local response normalization): the
+    orders cancel for large x, where the constant does not count."""
+    known = orders(graph, ops, seeds, far=True)
+    left, right = (known.get(v, 0.0) for v in op.inputs)
+    return known[op.outputs[0]] <= 0 and (right > 0 if op.primitive is p.div_p else min(left, right) < 0)
 
 
 def _inference(graph: Graph, node: int, op: Op) -> Norm | None:
@@ -139,7 +154,7 @@ def _inference(graph: Graph, node: int, op: Op) -> Norm | None:
     scale = tuple(o for o in graph.origins.get(factor, ()) if graph.leaves[o].kind == "param")
     end, tail, scale_after, bias = _affine(graph, node, stream)
     return Norm(
-        stream, op.outputs[0], graph.value(end), frozenset(nodes | set(tail)), (), "inference",
+        stream, op.outputs[0], graph.value(end), frozenset(nodes | set(tail)), (), True, "inference",
         tuple(dict.fromkeys((*scale, *scale_after))), bias,
     )  # fmt: skip
 
@@ -263,13 +278,17 @@ def _leaves_of(graph: Graph, nodes: list[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(leaves))
 
 
-def _axes(graph: Graph, reductions: list[Op], source: int) -> tuple[int, ...]:
-    """Axes of the normalized value that the statistics are taken over."""
-    rank = len(graph.program.shape(source))
-    for op in reductions:
-        if "axes" in op.params and len(graph.program.shape(op.inputs[0])) == rank:
-            return tuple(op.params["axes"])
-    return next((tuple(op.params["axes"]) for op in reductions if "axes" in op.params), ())
+def _with_axes(graph: Graph, norm: Norm, batch: Mapping[int, axes.Pieces]) -> Norm:
+    """The axes of the normalized value that its statistics are taken over, and whether the batch is among them."""
+    ops = sorted(n - len(graph.inputs) for n in norm.region)
+    made = [graph.program.ops[k] for k in ops]
+
+    def is_reduced(axis: int, size: int) -> bool:
+        known = axes.follow(graph, ops, {norm.source: (axes.Piece(axis, size),)})
+        return any(axes.reduced(graph, op, known) for op in made)
+
+    over = tuple(a for a, n in enumerate(graph.program.shape(norm.source)) if is_reduced(a, n))
+    return dataclasses.replace(norm, axes=over, batch=any(axes.reduced(graph, op, batch) for op in made))
 
 
 def _is(graph: Graph, node: int, *primitives: object) -> bool:

@@ -10,15 +10,20 @@ A chain of m weight layers has order m, so Fixup's rule (Zhang et al. 2019, Sec.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from fixup_init import jaxprs
 from fixup_init.graph import Graph
 from fixup_init.jaxprs import Op, p
 
-__all__ = ["SQUASH", "has_rule", "orders"]
+__all__ = ["SQUASH", "Order", "has_rule", "orders"]
+
+Order = float | np.ndarray  # an exponent, or a vector of them
 
 EPSILON = 1.001e-3  # a literal up to this size, added or compared, is a guard against division by zero
 
@@ -30,21 +35,27 @@ KEEP = frozenset({
     p.sharding_constraint_p, p.name_p, p.top_k_p, p.device_put_p,
     p.tanh_p, p.sin_p, p.tan_p, p.asin_p, p.atan_p, p.sinh_p, p.asinh_p, p.atanh_p, p.erf_p, p.erf_inv_p, p.expm1_p,
     p.log1p_p, jaxprs.SPLIT, jaxprs.UNSTACK, jaxprs.TILE, p.psum_p, p.all_gather_p, p.ppermute_p, p.pmax_p, p.pmin_p,
-    jaxprs.CARRY_IN, jaxprs.CARRY_OUT, jaxprs.SLICE_IN, jaxprs.STACK_OUT, jaxprs.IDENTITY,
+    jaxprs.CARRY_IN, jaxprs.CARRY_OUT, jaxprs.SLICE_IN, jaxprs.STACK_OUT, jaxprs.IDENTITY, jaxprs.SHARD_IN,
+    jaxprs.SHARD_OUT, p.all_to_all_p, p.ragged_all_to_all_p, p.cumlogsumexp_p, p.cumprod_p,
+    p.reduce_prod_p,
 })  # fmt: skip
 LEAST = frozenset({
     p.add_p, p.sub_p, p.max_p, p.min_p, p.concatenate_p, p.dynamic_update_slice_p, p.complex_p, p.atan2_p,
-    p.scatter_p, p.scatter_add_p, p.add_jaxvals_p, p.rem_p, jaxprs.STACK,
+    p.scatter_p, p.scatter_add_p, p.scatter_max_p,
+    p.scatter_min_p, jaxprs.SCATTER_SUB, p.add_jaxvals_p, p.rem_p, jaxprs.STACK,
 })  # fmt: skip
+_SCATTERS = frozenset({p.scatter_p, p.scatter_add_p, p.scatter_max_p, p.scatter_min_p, jaxprs.SCATTER_SUB})
+_ADDITIVE = frozenset({p.add_p, p.sub_p, p.concatenate_p, jaxprs.STACK})
 PRODUCT = frozenset({p.mul_p, p.dot_general_p, p.conv_general_dilated_p, p.scatter_mul_p})
 # A constant is left when the argument vanishes.
-SQUASH = frozenset({p.exp_p, p.exp2_p, p.logistic_p, p.erfc_p, p.cos_p, p.cosh_p, p.acos_p, p.log_p, p.lgamma_p})
+SQUASH = frozenset({p.exp_p, p.exp2_p, p.logistic_p, p.erfc_p, p.cos_p, p.cosh_p, p.acos_p, p.log_p, p.lgamma_p, jaxprs.LOG2})
 # Whole numbers, truth values and noise: nothing shrinks.
 _DISCRETE = frozenset({
     p.eq_p, p.ne_p, p.lt_p, p.le_p, p.gt_p, p.ge_p, p.and_p, p.or_p, p.not_p, p.xor_p, p.is_finite_p, p.sign_p,
     p.floor_p, p.ceil_p, p.round_p, p.argmax_p, p.argmin_p, p.iota_p, p.reduce_and_p, p.reduce_or_p, p.random_bits_p,
     p.random_split_p, p.random_fold_in_p, p.random_seed_p, p.shift_left_p, p.shift_right_logical_p,
-    p.shift_right_arithmetic_p, p.bitcast_convert_type_p, p.axis_index_p,
+    p.shift_right_arithmetic_p, p.bitcast_convert_type_p, p.axis_index_p, p.rng_bit_generator_p,
+    p.rng_uniform_p, p.threefry2x32_p, p.population_count_p, p.clz_p, p.reduce_xor_p,
 })  # fmt: skip
 _POWERS = frozenset({p.integer_pow_p, p.pow_p, p.square_p, p.sqrt_p, p.rsqrt_p, p.cbrt_p})
 _OTHERS = frozenset({p.select_n_p, p.clamp_p, p.div_p, p.sort_p, jaxprs.CHOOSE})
@@ -52,28 +63,36 @@ _RULED = KEEP | LEAST | PRODUCT | SQUASH | _DISCRETE | _POWERS | _OTHERS
 
 
 def has_rule(op: Op) -> bool:
-    """Whether the order of an operation's result is known; the others count as constants, and are to be named."""
-    return op.primitive in _RULED
+    """Whether the order of an operation's result is known; any other keeps its arguments' least, and is to be named."""
+    return op.primitive in _RULED or op.primitive in jaxprs.collectives() or jaxprs.is_ragged_dot(op.primitive)
 
 
 def orders(
-    graph: Graph, ops: Iterable[int], seeds: Mapping[int, float], transparent: Mapping[int, int] | None = None
-) -> dict[int, float]:
+    graph: Graph,
+    ops: Iterable[int],
+    seeds: Mapping[int, Order],
+    transparent: Mapping[int, int] | None = None,
+    arms: Mapping[int, np.ndarray] | None = None,
+    far: bool = False,
+) -> dict[int, Order]:
     """Orders of the values that `ops` make.
 
     Args:
       graph: the model.
       ops: indices into `graph.program.ops`, in order.
-      seeds: orders given to values (the factors that shrink have 1); any other value from outside has 0.
+      seeds: orders given to values (the factors that shrink have 1); any other value from outside has 0. A seed may be
+        a vector: then so is every order that it reaches, one entry for each question asked at once.
       transparent: for a normalization's result, the value that it normalizes; its order passes through.
+      far: for factors that grow instead: no constant that is added counts.
+      arms: for a conditional, by its number, the arm that runs in each entry; -1 where any may, and the least counts.
 
     Returns:
       The order of every value made, the seeds included.
     """
-    known: dict[int, float] = dict(seeds)
+    known: dict[int, Order] = dict(seeds)
     for k in ops:
         op = graph.program.ops[k]
-        found = _order(graph, op, known)
+        found = _order(graph, op, known, arms, far)
         for v in op.outputs:
             if v in seeds:
                 continue
@@ -81,16 +100,26 @@ def orders(
     return known
 
 
-def _order(graph: Graph, op: Op, known: Mapping[int, float]) -> float:
+def _least(values: Sequence[Order]) -> Order:
+    if len(values) == 1:
+        return values[0]
+    if any(isinstance(v, np.ndarray) for v in values):
+        return functools.reduce(np.minimum, values)
+    return min(values)
+
+
+def _order(
+    graph: Graph, op: Op, known: Mapping[int, Order], arms: Mapping[int, np.ndarray] | None, far: bool
+) -> Order:  # fmt: skip
     primitive = op.primitive
 
-    def of(value: int, guard: bool = False) -> float:
+    def of(value: int, guard: bool = False) -> Order:
         if value in known:
             return known[value]
         if graph.kind[value]:
             return 0.0
         number = graph.literal(value)
-        if number == 0 or number != number or (guard and number is not None and abs(number) <= EPSILON):
+        if number == 0 or number != number or (guard and number is not None and (far or abs(number) <= EPSILON)):
             return math.inf
         return 0.0
 
@@ -102,30 +131,45 @@ def _order(graph: Graph, op: Op, known: Mapping[int, float]) -> float:
         inputs = op.inputs
         if primitive is p.dynamic_update_slice_p:
             inputs = inputs[:2]
-        elif primitive in (p.scatter_p, p.scatter_add_p):
+        elif primitive in _SCATTERS:
             inputs = (inputs[0], inputs[2])
-        streams = [v for v in inputs if graph.is_activation(v)]
         if primitive in (p.max_p, p.min_p):  # a bound that zero keeps is far away: relu6, hard tanh
             inputs = tuple(v for v in inputs if not _slack(graph, primitive, v)) or inputs
-        if streams and primitive in (p.add_p, p.sub_p, p.concatenate_p, jaxprs.STACK):
+        elif primitive in _ADDITIVE and any(graph.is_activation(v) for v in inputs):
             inputs = tuple(v for v in inputs if not graph.is_parameter(v))  # additive parameters do not count
-        return min((of(v, guard=True) for v in inputs), default=0.0)
+        return _least([of(v, guard=True) for v in inputs]) if inputs else 0.0
     if primitive is p.select_n_p:
-        return min(of(v) for v in op.inputs[1:])
+        return _least([of(v) for v in op.inputs[1:]])
     if primitive is p.clamp_p:
         return of(op.inputs[1])
     if primitive is jaxprs.CHOOSE:
-        return min(of(v) for v in op.inputs[:-1])
+        found = [of(v) for v in op.inputs[:-1]]
+        least = _least(found)
+        if arms is None or op.params["switch"] not in arms:
+            return least
+        runs = arms[op.params["switch"]]
+        return np.select([runs == k for k in range(len(found))], found, least)
     if primitive is p.div_p:
         above, below = of(op.inputs[0]), of(op.inputs[1])
-        return above - below if math.isfinite(below) else above
+        return above - np.where(np.isfinite(below), below, 0.0) if isinstance(below, np.ndarray) else (
+            above - below if math.isfinite(below) else above
+        )  # fmt: skip
     if primitive is p.sort_p:
         return of(op.inputs[0])
     power = _power(graph, op)
     if power is not None:
         x = of(op.inputs[0])
-        return power * x if math.isfinite(x) or power > 0 else 0.0
-    return 0.0
+        if isinstance(x, np.ndarray):
+            return power * np.where(np.isfinite(x) | (power > 0), x, 0.0) if power else np.zeros_like(x)
+        return power * x if power and (math.isfinite(x) or power > 0) else 0.0
+    if primitive in _DISCRETE or primitive in SQUASH:
+        return 0.0
+    if jaxprs.is_ragged_dot(primitive):
+        return of(op.inputs[0]) + of(op.inputs[1])
+    if primitive in jaxprs.collectives():
+        return of(op.inputs[0])
+    streams = [of(v) for v in op.inputs if graph.is_activation(v) or v in known]
+    return _least(streams) if streams else 0.0  # no rule
 
 
 def _slack(graph: Graph, primitive: Any, value: int) -> bool:

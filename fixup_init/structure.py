@@ -64,7 +64,9 @@ class Branch:
       order_without_norms: D with its normalizations disregarded.
       skip: what lies beside it.
       repeats: how many branches of the network this one stands for (a scan body stands for its length).
-      roles: for each weight, "value" (shrinking it shrinks the branch, normalizations disregarded) or "control".
+      roles: for each weight, "value" (shrinking it shrinks the branch, normalizations disregarded), "gate" (it does not,
+        and its result multiplies the branch position by position), "control" (it does not, and steers otherwise, as
+        queries and keys do) or "shortcut" (it is on the skip).
       last: the value layers with no other behind them.
       shares: for each weight, how much of `order` it is: 0 on a control path, and where a normalization follows.
       closing: parameters nearest the end, kernels apart, that multiply the branch: a norm's scale, a multiplier.
@@ -79,7 +81,7 @@ class Branch:
     skip: Literal["identity", "projection", "reshape"]
     skip_weights: tuple[str, ...]
     repeats: int
-    roles: dict[str, Literal["value", "control"]]
+    roles: dict[str, Literal["value", "control", "gate", "shortcut"]]
     last: tuple[str, ...]
     shares: dict[str, float]
     closing: tuple[str, ...]
@@ -123,7 +125,7 @@ class Structure:
       heads: the weight layers that outputs come from directly, outside every branch; `head` if there is just one.
       parameters: every parameter leaf, in the order of the tree.
       undecided: what the graph leaves open.
-      unruled: operations in branches, by name, that have no rule for orders and count as constants there.
+      unruled: operations in branches, by name, that have no rule for orders and are taken to keep it.
     """
 
     name: str
@@ -157,6 +159,11 @@ class Structure:
         from fixup_init.report.tree import tree
 
         return tree(self)
+
+    def _repr_html_(self) -> str:
+        from fixup_init.report.drawing import svg
+
+        return svg(self)
 
 
 def structure(model: Any, *args: Any, normalization: str = "kept", **kwargs: Any) -> Structure:
@@ -241,15 +248,16 @@ def _branch(
     def paths(nodes: Iterable[int]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(layers[n].path for n in nodes))
 
+    skips = paths(residual.skip_layers)
     return Branch(
         weights=tuple(layers[n].path for n in branch.layers),
         depth=branch.depth,
         order=branch.order,
         order_without_norms=branch.free_order,
         skip=residual.skip,
-        skip_weights=paths(residual.skip_layers),
+        skip_weights=skips,
         repeats=repeats,
-        roles={layers[n].path: "value" if n in branch.value else "control" for n in branch.layers},
+        roles={layers[n].path: role for n, role in branch.roles.items()} | dict.fromkeys(skips, "shortcut"),
         last=paths(branch.last),
         shares={leaves[v].path: order for v, order in branch.shares.items()},
         closing=tuple(leaves[v].path for v in branch.closing),
@@ -269,7 +277,7 @@ def _norm_info(traced: Traced, norm: Any) -> NormInfo:
         scale=leaves[norm.scale[0]].path if norm.scale else None,
         bias=leaves[norm.bias[0]].path if norm.bias else None,
         axes=norm.axes,
-        batch=norm.form == "inference" or 0 in norm.axes,
+        batch=norm.batch,
         form=norm.form,
         scope=traced.graph.scope(traced.graph.node_of[norm.core]),
     )

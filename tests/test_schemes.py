@@ -272,9 +272,9 @@ def test_init_under_jit_and_vmap() -> None:
 
 def test_operations_without_a_rule_are_named() -> None:
     def apply(p: Any, x: Any) -> Any:
-        return (x + jnp.cumprod(x @ p["a"], 0) @ p["b"]) @ p["head"]
+        return (x + jax.scipy.special.i0e(x @ p["a"]) @ p["b"]) @ p["head"]
 
     shapes = {"a": (16, 16), "b": (16, 16), "head": (16, 2)}
     model = fi.Function(apply, {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()})
-    assert fi.structure(model, VECTORS).unruled == ("cumprod",)
-    assert "No rule for the order of cumprod" in fi.plan(model, VECTORS).notes[0]
+    assert fi.structure(model, VECTORS).unruled == ("bessel_i0e",)
+    assert "No rule for the order of bessel_i0e" in fi.plan(model, VECTORS).notes[0]

@@ -172,13 +172,13 @@ def test_fans_come_from_the_equation() -> None:
 
 
 def test_an_unknown_primitive_with_a_jaxpr_is_named() -> None:
-    def apply(w: Any, x: Any) -> Any:
-        mesh = jax.make_mesh((1,), ("i",))
-        spec = jax.sharding.PartitionSpec()
-        return jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(x, w)
+    from jax.custom_derivatives import linear_call
 
-    with pytest.raises(fi.UnknownPrimitiveError, match="shard_map"):
-        fi.structure(fi.Function(apply, jax.ShapeDtypeStruct((16, 4), jnp.float32)), VECTORS)
+    def apply(w: Any, x: Any) -> Any:
+        return linear_call(lambda w, x: x @ w, lambda w, y: y @ w.T, w, x)
+
+    with pytest.raises(fi.UnknownPrimitiveError, match="linear_call"):
+        fi.structure(fi.Function(apply, _square("w")["w"]), VECTORS)
 
 
 def test_nothing_is_allocated() -> None:

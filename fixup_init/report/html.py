@@ -1,7 +1,8 @@
-"""A comparison as one self-contained page: figures that can be searched with the pointer, tables, structure, training.
+"""Self-contained pages: a comparison (figures that can be searched with the pointer, tables, structure, training), or a
+structure and its plan.
 
-The page carries its data as JSON, plotly.js, and a script that draws from the one with the other; it asks nothing of
-the network (its content security policy forbids it).
+The page of a comparison carries its data as JSON, plotly.js, and a script that draws from the one with the other. Pages
+ask nothing of the network (their content security policy forbids it).
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from typing import Any
 from fixup_init.extras import require
 from fixup_init.files import replacing
 from fixup_init.plain import plain
+from fixup_init.plan import Plan
 from fixup_init.propagation import Comparison, Propagation, Row, Statistics
+from fixup_init.report.drawing import svg
 from fixup_init.report.layout import number, positions, propagations, shape, spaced, title, words
 from fixup_init.report.records import TrainingRun
-from fixup_init.report.tree import tree
+from fixup_init.report.tree import plan_table, tree
 from fixup_init.structure import Structure
 
-__all__ = ["TrainingRun", "html", "write"]
+__all__ = ["TrainingRun", "html", "structure_html", "write"]
 
 _CURVE = 1500  # points that a loss curve is thinned to
-_TREE = 110  # columns of the structure tree
+_TREE, _TABLE = 110, 140  # columns of the structure tree, of the plan
 _FIELDS = ("kind", "name", "scope", "block", "shape", "dtype", "depth", "forward", "backward")
 _STATISTICS = ("mean", "variance", "second_moment", "squared_channel_mean", "finite")
 
@@ -42,7 +45,7 @@ def html(
     Args:
       comparison: what `fi.compare` or `fi.analyze` returned.
       title: heading of the page.
-      structure: of the model, drawn as a tree.
+      structure: of the model, as a picture and as a tree.
       training: runs to draw curves of, records or plain data.
       table: further results; each mapping is a row, its keys are the column titles (those of the first row count).
 
@@ -54,19 +57,10 @@ def html(
     """
     several = propagations(comparison)
     runs = [run if isinstance(run, TrainingRun) else TrainingRun.from_dict(run) for run in training or ()]
-    jinja2 = require("jinja2", "report")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fixup_init", "report/templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment.get_template("report.html.jinja").render(
+    return _environment().get_template("report.html.jinja").render(
         title=title,
         verdicts=[_verdict(one) for one in several],
-        tree=tree(structure, _TREE) if structure is not None else "",
+        **_structure(structure, None),
         runs=_summaries(runs),
         table=_table(table or ()),
         data=plain({
@@ -77,6 +71,23 @@ def html(
         }),
         plotly=require("plotly.offline", "report").get_plotlyjs(),
     )  # fmt: skip
+
+
+def structure_html(structure: Structure, plan: Plan | None = None, *, title: str) -> str:
+    """One self-contained page with a structure: its picture, its tree, and a plan for it.
+
+    Args:
+      structure: what `fi.structure` returned.
+      plan: what `fi.plan` returned for the same model.
+      title: heading of the page.
+
+    Returns:
+      The text of the page; `write` puts it into a file.
+
+    Raises:
+      ImportError: jinja2 is not installed.
+    """
+    return _environment().get_template("structure.html.jinja").render(title=title, **_structure(structure, plan))
 
 
 def write(path: str | os.PathLike[str], text: str) -> Path:
@@ -92,6 +103,30 @@ def write(path: str | os.PathLike[str], text: str) -> Path:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+def _environment() -> Any:
+    jinja2 = require("jinja2", "report")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fixup_init", "report/templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment
+
+
+def _structure(structure: Structure | None, plan: Plan | None) -> dict[str, str]:
+    """What the section about a structure shows."""
+    if structure is None:
+        return {"tree": "", "drawing": "", "plan": ""}
+    return {
+        "tree": tree(structure, _TREE),
+        "drawing": svg(structure, plan),
+        "plan": plan_table(plan, _TABLE) if plan is not None else "",
+    }
 
 
 def _verdict(one: Propagation) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Hashable, Iterator, Sequence
@@ -10,7 +9,20 @@ from typing import TYPE_CHECKING
 
 from fixup_init.plan import Entry, Plan
 from fixup_init.report.layout import fold, merged, number, plural, render, shape, terminal_width
-from fixup_init.structure import Branch, LayerInfo, NormInfo, Structure, Undecided
+from fixup_init.report.outline import (
+    Item,
+    by_path,
+    common_home,
+    layer_runs,
+    layer_words,
+    names_within,
+    norm_words,
+    numbers,
+    order_words,
+    outline,
+    size_words,
+)  # fmt: skip
+from fixup_init.structure import Branch, LayerInfo, Structure, Undecided
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,17 +54,18 @@ def rich_tree(structure: Structure) -> Tree:
     """The same as a `rich.tree.Tree`, for a console with colours."""
     from rich.tree import Tree
 
-    items = list(_items(structure))
-    root = Tree(_line((structure.name, "bold"), (f"  {_size(structure)}", "")), guide_style="dim")
+    items = list(outline(structure))
+    root = Tree(_line((structure.name, "bold"), (f"  {size_words(structure)}", "")), guide_style="dim")
     for run in fold([item.key for item in items]):
         at = root
         if run.period > 1:
-            at = root.add(_line((f"{run.count} times", "bold"), (f"  {_numbers(items[run.start : run.stop])}", "")))
+            at = root.add(_line((f"{run.count} times", "bold"), (f"  {numbers(items[run.start : run.stop])}", "")))
         for k in range(run.period):
             at.add(_group(structure, items[run.start + k : run.stop : run.period]))
     if not structure.heads and not any(u.what == "head" for u in structure.undecided):
         root.add(_plain("no head: no weight layer outside of branches feeds an output"))
-    root.add(_norms(structure.norms) if structure.norms else _plain("no normalization"))
+    norms = norm_words(structure.norms)
+    root.add(_line(("norms  ", "bold"), (norms, "")) if norms else _plain("no normalization"))
     unused = [p.path for p in structure.parameters if p.role == "unused"]
     if unused:
         root.add(_line(("unused parameters  ", "bold"), (_listed(unused), "")))
@@ -61,75 +74,17 @@ def rich_tree(structure: Structure) -> Tree:
     return root
 
 
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """A branch with its numbers, or a weight layer outside of branches; `key` is what folding compares."""
-
-    key: Hashable
-    place: str  # "branch", "stem", "head" or "layer"
-    paths: tuple[str, ...]
-    branch: Branch | None = None
-    layer: LayerInfo | None = None
-    first: int = 0
-    last: int = 0
-
-
-def _items(structure: Structure) -> Iterator[_Item]:
-    """Everything with weights, in trace order."""
-    layers = _by_path(structure)
-    order = {path: k for k, path in enumerate(layers)}
-    inside = {q for b in structure.branches for q in (*b.weights, *b.skip_weights)}
-    found: list[tuple[int, int, _Item]] = []
-    at, number = 0, 1
-    for k, b in enumerate(structure.branches, 1):
-        # Layers that branches share are in the trace once; their later branches stay behind the earlier ones.
-        at = max([at, *(order[q] for q in b.weights)])
-        last = number + b.repeats - 1
-        item = _Item(_branch_key(b, layers), "branch", b.weights, branch=b, first=number, last=last)
-        found.append((at, k, item))
-        number = last + 1
-    for k, layer in enumerate(layers.values()):
-        if layer.path not in inside:
-            place = "head" if layer.path in structure.heads else "stem" if layer.path in structure.stems else "layer"
-            found.append((k, 0, _Item((place, _layer_key(layer)), place, (layer.path,), layer=layer)))
-    yield from (item for _, _, item in sorted(found, key=lambda f: f[:2]))
-
-
-def _by_path(structure: Structure) -> dict[str, LayerInfo]:
-    """Weight layers in trace order; the first use of a shared one."""
-    layers: dict[str, LayerInfo] = {}
-    for layer in structure.layers:
-        layers.setdefault(layer.path, layer)
-    return layers
-
-
-def _layer_key(layer: LayerInfo) -> Hashable:
-    return layer.kind, layer.fan_in, layer.fan_out, layer.repeats
-
-
-def _branch_key(b: Branch, layers: dict[str, LayerInfo]) -> Hashable:
-    return (
-        tuple((_layer_key(layers[q]), b.roles.get(q)) for q in b.weights),
-        tuple(_layer_key(layers[q]) for q in b.skip_weights),
-        (b.depth, b.order, b.order_without_norms, b.skip, b.repeats, b.norms),
-    )
-
-
-def _norm_key(norm: NormInfo) -> tuple[object, ...]:
-    return norm.axes, norm.batch, norm.form, norm.scale is not None, norm.bias is not None
-
-
-def _group(structure: Structure, group: Sequence[_Item]) -> Text:
+def _group(structure: Structure, group: Sequence[Item]) -> Text:
     item = group[0]
     times = f" x {len(group)}" if len(group) > 1 else ""
     if item.branch is None:
         assert item.layer is not None
         path = merged(i.paths[0] for i in group)
-        return _line((f"{item.place}  ", "bold"), (path, "cyan"), (times, "bold"), (f"  {_layer(item.layer)}", ""))
-    layers = _by_path(structure)
-    homes = [_home(i.paths) for i in group]
+        return _line((f"{item.place}  ", "bold"), (path, "cyan"), (times, "bold"), (f"  {layer_words(item.layer)}", ""))
+    layers = by_path(structure)
+    homes = [common_home(i.paths) for i in group]
     return _line(
-        (_numbers(group), "bold"),
+        (numbers(group), "bold"),
         (f"  {merged(homes)}".rstrip(), "cyan"),
         (times, "bold"),
         (f"\n{_weights(item.branch, homes[0], layers)}", ""),
@@ -139,29 +94,27 @@ def _group(structure: Structure, group: Sequence[_Item]) -> Text:
 
 def _weights(branch: Branch, home: str, layers: dict[str, LayerInfo]) -> str:
     """The weight layers of a branch: `conv1 conv 144→144; conv2 conv 144→144`."""
-    names = _inner(branch.weights, home)
+    names = names_within(branch.weights, home)
     parts = []
-    for run in fold([(_layer_key(layers[q]), branch.roles.get(q)) for q in branch.weights], longest=4):
-        folded = run.count > 2
+    for run in layer_runs(branch, layers):
         texts = []
-        for k in range(run.start, run.start + run.period if folded else run.stop):
-            name = merged(names[k : run.stop : run.period]) if folded else names[k]
-            control = ", control" if branch.roles.get(branch.weights[k]) == "control" else ""
-            texts.append(f"{name} {_layer(layers[branch.weights[k]], scans=False)}{control}".strip())
+        for k in range(run.start, run.start + run.period):
+            name = merged(names[k : run.stop : run.period])
+            role: str = branch.roles.get(branch.weights[k], "value")
+            words = f"{name} {layer_words(layers[branch.weights[k]], scans=False)}".strip()
+            texts.append(words if role == "value" else f"{words}, {role}")
         text = "; ".join(texts)
-        parts.append((f"({text})" if run.period > 1 else text) + f" x {run.count}" if folded else text)
+        parts.append((f"({text})" if run.period > 1 else text) + f" x {run.count}" if run.count > 1 else text)
     return "; ".join(parts) or "no weight layers"
 
 
 def _facts(b: Branch, home: str, layers: dict[str, LayerInfo]) -> str:
-    order, skip = f"order D = {number(b.order)}", f"{b.skip} skip"
-    if b.order_without_norms != b.order:
-        order += f" ({number(b.order_without_norms)} without norms)"
+    skip = f"{b.skip} skip"
     if b.skip_weights:
-        names = _inner(b.skip_weights, home)
-        texts = [f"{n} {_layer(layers[q])}".strip() for n, q in zip(names, b.skip_weights, strict=True)]
+        names = names_within(b.skip_weights, home)
+        texts = [f"{n} {layer_words(layers[q])}".strip() for n, q in zip(names, b.skip_weights, strict=True)]
         skip += f" ({'; '.join(texts)})"
-    facts = [f"depth {b.depth}", order, skip]
+    facts = [f"depth {b.depth}", order_words(b), skip]
     if b.norms:
         facts.append(plural(b.norms, "norm"))
     if b.repeats > 1:
@@ -169,75 +122,11 @@ def _facts(b: Branch, home: str, layers: dict[str, LayerInfo]) -> str:
     return ", ".join(facts)
 
 
-def _layer(layer: LayerInfo, scans: bool = True) -> str:
-    repeats = f" in a scan of {layer.repeats}" if scans and layer.repeats > 1 else ""
-    return f"{layer.kind} {layer.fan_in}→{layer.fan_out}{repeats}"
-
-
-_AFFINE = {
-    (True, True): "with scale and bias",
-    (True, False): "with scale",
-    (False, True): "with bias",
-    (False, False): "without scale and bias",
-}
-
-
-def _norms(norms: Sequence[NormInfo]) -> Text:
-    kinds: dict[tuple[object, ...], list[NormInfo]] = {}
-    for norm in norms:
-        kinds.setdefault(_norm_key(norm), []).append(norm)
-    parts = []
-    for same in kinds.values():
-        n = same[0]
-        how = "stored statistics"
-        if n.form == "train":
-            axes = f" over {'axis' if len(n.axes) == 1 else 'axes'} {', '.join(map(str, n.axes))}" if n.axes else ""
-            how = f"statistics{axes} of {'the batch' if n.batch else 'each example'}"
-        parts.append(f"{len(same)} ({how}; {_AFFINE[n.scale is not None, n.bias is not None]})")
-    return _line(("norms  ", "bold"), ("; ".join(parts), ""))
-
-
 def _add_undecided(root: Tree, undecided: Undecided) -> None:
     where = f"  {undecided.where}: {undecided.why}" if undecided.where else f"  {undecided.why}"
     at = root.add(_line((f"undecided {undecided.what}", "bold yellow"), (where, "")))
     for k, term in enumerate(undecided.terms, 1):
         at.add(_line((f"term {k}  ", "bold"), (_listed(term) or "no weight layers", "")))
-
-
-def _size(structure: Structure) -> str:
-    count = structure.num_branches
-    branches = f"L = {count} residual {'branch' if count == 1 else 'branches'}" if count else "no residual branches"
-    return f"{branches}, {plural(sum(x.repeats for x in structure.layers), 'weight layer')}"
-
-
-def _numbers(items: Sequence[_Item]) -> str:
-    """`branch 3`, `branches 3–20` or `branches 1, 3 … 95`."""
-    own = [i for i in items if i.branch is not None]
-    if not own:
-        return plural(len(items), "layer")
-    first, last = own[0].first, own[-1].last
-    if first == last:
-        return f"branch {first}"
-    if any(b.first > a.last + 1 for a, b in itertools.pairwise(own)):
-        return f"branches {first}, {own[1].first} … {last}"
-    return f"branches {first}–{last}"
-
-
-def _home(paths: Sequence[str]) -> str:
-    """The longest common beginning of paths, in whole names: where a branch lies."""
-    common: list[str] = []
-    for names in zip(*(q.split("/")[:-1] for q in paths), strict=False):
-        if len(set(names)) > 1:
-            break
-        common.append(names[0])
-    return "/".join(common)
-
-
-def _inner(paths: Sequence[str], home: str) -> list[str]:
-    """Paths within `home`, less their last name if it is the same for all: `conv1` and `conv2`, without `/kernel`."""
-    inner = [q.removeprefix(f"{home}/") for q in paths]
-    ends = {q.rpartition("/")[2] for q in inner}
-    return [q.rpartition("/")[0] for q in inner] if len(ends) == 1 else inner
 
 
 def _listed(paths: Sequence[str]) -> str:

@@ -113,7 +113,7 @@ class Fixup:
         entries = [dataclasses.replace(e, rate=self.scalar_rate) if e.role in slow else e for e in entries]
         if structure.unruled:
             notes.append(
-                f"No rule for the order of {', '.join(structure.unruled)}: taken as constants in their branches."
+                f"No rule for the order of {', '.join(structure.unruled)}: taken to keep that of their arguments."
             )
         if not heads:
             notes.append("No head was found: outputs come from residual sums. Nothing outside of branches is zero.")
@@ -126,8 +126,9 @@ class Fixup:
         entries = []
         for path in dict.fromkeys(branch.weights):
             if parameters[path].role == "kernel" and branch.shares[path] < 1:
-                control = branch.roles[path] == "control"
-                why = "on a control path" if control else "a normalization hides its scale, so scaling would do nothing"
+                why = {"control": "on a control path", "gate": "a gate"}.get(
+                    branch.roles[path], "a normalization hides its scale, so scaling would do nothing"
+                )
                 entries.append(self.base.entry(parameters[path], prefix=f"{where}: ", suffix=f"; {why}"))
         return entries
 
