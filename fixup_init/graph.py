@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fixup_init import jaxprs
-from fixup_init.jaxprs import Op, Program, p
+from fixup_init.jaxprs import Loop, Op, Program, p
 
-__all__ = ["COPIES", "Graph", "Layer", "Leaf", "Split", "build", "latest_common_ancestor"]
+__all__ = ["COPIES", "Graph", "Layer", "Leaf", "Split", "build", "latest_common_ancestor", "reaches"]
 
 PARAM, STATE, INPUT, NOISE = 1, 2, 4, 8
 _KINDS = {"param": PARAM, "state": STATE, "input": INPUT, "noise": NOISE}
@@ -47,7 +47,9 @@ class Layer:
     fan_out: int
     node: int
     kernel: int  # value
-    leaves: tuple[int, ...]  # parameter leaves that the kernel is made of, the largest first
+    leaves: tuple[int, ...]  # parameter leaves that the kernel is made of, those that are it first
+    kernels: tuple[int, ...]  # those that are it: one, or several that are joined (concatenated, added)
+    factors: frozenset[int]  # those of them that enter as a matrix product with others: low-rank kernels
     channel: int  # axis of the output that holds its features
     features: int  # how many there are
 
@@ -71,6 +73,11 @@ class Graph:
     def op(self, node: int) -> Op | None:
         k = node - len(self.inputs)
         return self.program.ops[k] if k >= 0 else None
+
+    def loop(self, node: int) -> Loop | None:
+        """The scan that a node stands in."""
+        op = self.op(node)
+        return op.loop if op is not None else None
 
     def value(self, node: int) -> int:
         """The (first) value that a node makes."""
@@ -158,6 +165,8 @@ def build(program: Program, leaves: Sequence[Leaf]) -> Graph:
             for v in op.outputs:
                 node_of[v] = node
             layer = _weight_layer(program, op, node, kind, origins, by_value, maker)
+            if layer is None and op.primitive is p.dot_general_p:
+                layer = _chosen_kernel(program, op, node, layers, node_of, maker, len(inputs))
             if layer is not None:
                 layers[node] = layer
         elif bits & (PARAM | STATE):
@@ -203,7 +212,7 @@ def _weight_layer(
     if op.primitive is p.dot_general_p:
         contract, batch = op.params["dimension_numbers"]
         sides = [s for s in (0, 1) if weight(op.inputs[s])]
-        if not sides:
+        if not sides or not contract[0]:  # nothing is summed: a product entry by entry
             return None
         side = sides[0]
         kernel = op.inputs[side]
@@ -213,7 +222,7 @@ def _weight_layer(
         rank = len(program.shape(op.outputs[0]))
         free = len(shape) - len(contracted) - len(batch[side])
         channel = rank - 1 if side == 1 or not free else len(batch[0]) + free - 1
-        features = fan_out
+        features = math.prod(n for a, n in enumerate(shape) if a not in contracted)
         if _one_hot(program, maker, op.inputs[1 - side]):
             fan_in, kind_ = 1, "embedding"
     elif op.primitive is p.conv_general_dilated_p:
@@ -228,23 +237,151 @@ def _weight_layer(
         channel = op.params["dimension_numbers"].out_spec[1]
         kind_ = "conv"
         features = shape[out_axis]
-    elif op.primitive is p.gather_p and weight(op.inputs[0]):
+    elif op.primitive is p.gather_p and weight(op.inputs[0]) and len(program.shape(op.inputs[0])) > 1:
         kernel = op.inputs[0]
         shape = whole(kernel)
         fan_in, fan_out = 1, math.prod(shape[1:])  # one row is read: a product with a one-hot vector
         features = fan_out
         channel = len(program.shape(op.outputs[0])) - 1
         kind_ = "embedding"
+    elif op.primitive is p.reduce_sum_p:
+        found = _written_out(program, op, maker, weight)
+        if found is None:
+            return None
+        kernel, fan_in, fan_out = found
+        features, channel = fan_out, len(program.shape(op.outputs[0])) - 1
     elif len(op.inputs) > 2 and weight(op.inputs[1]) and jaxprs.is_ragged_dot(op.primitive):
         kernel = op.inputs[1]  # (groups, in, out)
         _, fan_in, fan_out = whole(kernel)
         features, channel = fan_out, len(program.shape(op.outputs[0])) - 1
     else:
         return None
-    made_of = sorted(
-        (o for o in origins[kernel] if leaves[o].kind == "param"), key=lambda o: -math.prod(leaves[o].shape)
-    )
-    return Layer(leaves[made_of[0]].path, kind_, fan_in, fan_out, node, kernel, tuple(made_of), channel, features)
+    made_of = [o for o in origins[kernel] if leaves[o].kind == "param"]
+    kernels, factors = tuple(made_of), frozenset()
+    if len(made_of) > 1:
+        size = {o: math.prod(leaves[o].shape) for o in made_of}
+        factors = _factors(program, kernel, origins, leaves, maker)
+        joined = _joined(program, kernel, maker, size)
+        made_of.sort(key=lambda o: (o not in joined, o in factors, -size[o]))
+        kernels = tuple(o for o in made_of if o in joined)
+    return Layer(
+        leaves[made_of[0]].path, kind_, fan_in, fan_out, node, kernel, tuple(made_of), kernels, factors, channel,
+        features,
+    )  # fmt: skip
+
+
+def _joined(program: Program, kernel: int, maker: dict[int, int], size: dict[int, int]) -> set[int]:
+    """The parameters that a kernel is: several where they are added, concatenated or two parts of complex numbers; of
+    a product the one with the largest, since the other is its gain."""
+    known: dict[int, set[int]] = {}
+
+    def visit(value: int) -> set[int]:
+        if value in size:
+            return {value}
+        k = maker.get(value)
+        if k is None:
+            return set()
+        op = program.ops[k]
+        if value not in known:
+            known[value] = set()
+            parts = [found for v in op.inputs if (found := visit(v))]
+            if op.primitive in _JOINING:
+                known[value] = set().union(*parts)
+            elif parts:
+                known[value] = max(parts, key=lambda found: max(size[o] for o in found))
+        return known[value]
+
+    return visit(kernel)
+
+
+def _written_out(
+    program: Program, op: Op, maker: dict[int, int], weight: Callable[[int], bool]
+) -> tuple[int, int, int] | None:  # fmt: skip
+    """(kernel, fan_in, fan_out) of a product with a kernel that is written as a multiplication and a sum."""
+    value = op.inputs[0]
+    while (k := maker.get(value)) is not None and program.ops[k].primitive in (p.convert_element_type_p, p.copy_p):
+        value = program.ops[k].inputs[0]
+    if k is None or program.ops[k].primitive is not p.mul_p:
+        return None
+    sides = [v for v in program.ops[k].inputs if weight(v)]
+    if len(sides) != 1:
+        return None
+    (kernel,) = sides
+    (stream,) = (v for v in program.ops[k].inputs if v != kernel)
+    shape = program.shape(kernel)
+    summed = set(op.params["axes"])
+    varies, carried = _varies(program, maker, kernel), _varies(program, maker, stream)
+    if not summed & varies & carried or len(varies) < 2:
+        return None
+    fan_in = math.prod(shape[a] for a in summed & varies)
+    fan_out = math.prod(shape[a] for a in varies - summed if a not in carried)
+    return kernel, fan_in, fan_out
+
+
+def _varies(program: Program, maker: dict[int, int], value: int) -> set[int]:
+    """The axes along which a value is not just repeated."""
+    shape = program.shape(value)
+    axes = {a for a, n in enumerate(shape) if n > 1}
+    k = maker.get(value)
+    op = program.ops[k] if k is not None else None
+    if op is not None and op.primitive is p.broadcast_in_dim_p:
+        inner = _varies(program, maker, op.inputs[0])
+        return {a for i, a in enumerate(op.params["broadcast_dimensions"]) if i in inner}
+    if op is not None and op.primitive in (p.convert_element_type_p, p.copy_p):
+        return _varies(program, maker, op.inputs[0])
+    return axes
+
+
+def _chosen_kernel(
+    program: Program, op: Op, node: int, layers: dict[int, Layer], node_of: dict[int, int], maker: dict[int, int],
+    first: int,
+) -> Layer | None:  # fmt: skip
+    """A contraction with kernels that were read from a table of kernels, one for each row: experts. The layer is the
+    contraction and not the reading, which is taken from `layers`."""
+    contract, batch = op.params["dimension_numbers"]
+    for side in (0, 1):
+        value = op.inputs[side]
+        while (k := maker.get(value)) is not None and program.ops[k].primitive in COPIES:
+            value = program.ops[k].inputs[0]
+        table = layers.get(first + k) if k is not None else None
+        if table is None or table.kind != "embedding" or len(program.shape(table.kernel)) < 3:
+            continue
+        shape = program.shape(op.inputs[side])
+        fan_in = math.prod(shape[a] for a in contract[side])
+        fan_out = math.prod(n for a, n in enumerate(shape) if a not in contract[side] and a not in batch[side])
+        if fan_in * fan_out != table.fan_out:
+            continue
+        assert k is not None
+        del layers[first + k]
+        channel = len(program.shape(op.outputs[0])) - 1
+        return dataclasses.replace(
+            table, kind="dense", fan_in=fan_in, fan_out=fan_out, node=node, channel=channel, features=fan_out
+        )
+    return None
+
+
+def _factors(
+    program: Program, kernel: int, origins: dict[int, tuple[int, ...]], leaves: dict[int, Leaf], maker: dict[int, int]
+) -> frozenset[int]:
+    """Parameters of a kernel that are multiplied with others as matrices before an activation meets them."""
+
+    def behind(value: int) -> set[int]:
+        return {o for o in origins.get(value, ()) if leaves[o].kind == "param"}
+
+    found: set[int] = set()
+    seen, todo = set(), [kernel]
+    while todo:
+        k = maker.get(todo.pop())
+        if k is None or k in seen:
+            continue
+        seen.add(k)
+        made = program.ops[k]
+        todo.extend(made.inputs)
+        if made.primitive is p.dot_general_p:
+            left, right = behind(made.inputs[0]), behind(made.inputs[1])
+            if left and right and not left & right:
+                found |= left | right
+    return frozenset(found)
 
 
 def _parts(program: Program, maker: dict[int, int], value: int) -> tuple[int, ...]:
@@ -350,7 +487,7 @@ def latest_common_ancestor(
             sides = [(few, other) for t, other in zip(terms, reversed(terms)) if (few := _few_ancestors(graph, t))]
             if sides:
                 few, other = min(sides, key=lambda side: len(side[0]))
-                split = next((a for a in few if _reaches(graph, a, other)), None)
+                split = next((a for a in few if reaches(graph, a, other)), None)
                 if split is None or hopeless(split):
                     return None
         found = walk.on()
@@ -370,7 +507,7 @@ def _few_ancestors(graph: Graph, node: int) -> list[int] | None:
     return sorted(seen, reverse=True)
 
 
-def _reaches(graph: Graph, node: int, descendant: int) -> bool:
+def reaches(graph: Graph, node: int, descendant: int) -> bool:
     """Whether a node leads to another; looks at its latest users first, since streams are long and conditions wide."""
     heap: list[tuple[int, int, int]] = []
     seen = {node}
@@ -391,6 +528,7 @@ def _reaches(graph: Graph, node: int, descendant: int) -> bool:
     return node == descendant
 
 
+_JOINING = frozenset({p.add_p, p.sub_p, p.concatenate_p, p.complex_p, jaxprs.STACK, p.dynamic_update_slice_p})
 COPIES = frozenset({
     p.broadcast_in_dim_p, p.reshape_p, p.convert_element_type_p, p.squeeze_p, p.transpose_p, p.copy_p,
     jaxprs.SLICE_IN, jaxprs.SHARD_IN, jaxprs.IDENTITY,

@@ -13,7 +13,7 @@ import dataclasses
 import heapq
 from collections.abc import Mapping
 
-from fixup_init import axes
+from fixup_init import axes, jaxprs
 from fixup_init.graph import STATE, Graph
 from fixup_init.jaxprs import Op, Program, p
 from fixup_init.orders import SQUASH, orders
@@ -22,6 +22,10 @@ __all__ = ["Norm", "find", "remove"]
 
 _REDUCTIONS = frozenset({p.reduce_sum_p, p.reduce_max_p, p.reduce_window_sum_p, p.reduce_p, p.dot_general_p})
 _PASSING = frozenset({p.convert_element_type_p, p.reshape_p, p.broadcast_in_dim_p, p.transpose_p, p.copy_p})
+_CHOOSING = frozenset({
+    p.select_n_p, p.mul_p, p.div_p, p.top_k_p, p.approx_top_k_p, p.gather_p, p.slice_p, p.dynamic_slice_p, p.sort_p,
+    p.squeeze_p, jaxprs.SPLIT,
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,16 +193,19 @@ def _source(graph: Graph, start: int, region: list[int]) -> int:
 
 
 def _squashed(graph: Graph, node: int) -> bool:
-    """Whether a node is an exponential (or another function with a constant limit), maybe masked: a softmax."""
-    for _ in range(8):
+    """Whether a node is an exponential (or another function with a constant limit), maybe masked, divided by its sum,
+    or with some of its entries chosen: a softmax."""
+    for _ in range(12):
         op = graph.op(node)
         if op is None:
             return False
         if op.primitive in SQUASH:
             return True
-        if op.primitive not in (p.select_n_p, p.mul_p, *_PASSING) or len(graph.parents[node]) != 1:
+        if op.primitive not in _CHOOSING and (op.primitive not in _PASSING or len(graph.parents[node]) != 1):
             return False
-        node = graph.parents[node][0]
+        chosen = op.inputs[1:] if op.primitive is p.select_n_p else op.inputs[:1]
+        chosen = [v for v in chosen if graph.is_activation(v)] or [v for v in op.inputs if graph.is_activation(v)]
+        node = graph.node_of[chosen[0]]
     return False
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fixup_init import jaxprs
-from fixup_init.graph import Graph
+from fixup_init.graph import COPIES, Graph
 from fixup_init.jaxprs import Op, p
 
 __all__ = ["SQUASH", "Order", "has_rule", "orders"]
@@ -32,7 +32,7 @@ KEEP = frozenset({
     p.rev_p, p.gather_p, p.dynamic_slice_p, p.pad_p, p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.cumsum_p,
     p.cummax_p, p.cummin_p, p.reduce_window_sum_p, p.reduce_window_max_p, p.reduce_window_min_p, p.reduce_window_p,
     p.reduce_p, p.neg_p, p.abs_p, p.real_p, p.imag_p, p.conj_p, p.reduce_precision_p, p.fft_p, p.stop_gradient_p,
-    p.sharding_constraint_p, p.name_p, p.top_k_p, p.device_put_p,
+    p.sharding_constraint_p, p.name_p, p.top_k_p, p.approx_top_k_p, p.device_put_p,
     p.tanh_p, p.sin_p, p.tan_p, p.asin_p, p.atan_p, p.sinh_p, p.asinh_p, p.atanh_p, p.erf_p, p.erf_inv_p, p.expm1_p,
     p.log1p_p, jaxprs.SPLIT, jaxprs.UNSTACK, jaxprs.TILE, p.psum_p, p.all_gather_p, p.ppermute_p, p.pmax_p, p.pmin_p,
     jaxprs.CARRY_IN, jaxprs.CARRY_OUT, jaxprs.SLICE_IN, jaxprs.STACK_OUT, jaxprs.IDENTITY, jaxprs.SHARD_IN,
@@ -44,6 +44,7 @@ LEAST = frozenset({
     p.scatter_p, p.scatter_add_p, p.scatter_max_p,
     p.scatter_min_p, jaxprs.SCATTER_SUB, p.add_jaxvals_p, p.rem_p, jaxprs.STACK,
 })  # fmt: skip
+_UPDATES = frozenset({p.dynamic_update_slice_p, p.scatter_p})
 _SCATTERS = frozenset({p.scatter_p, p.scatter_add_p, p.scatter_max_p, p.scatter_min_p, jaxprs.SCATTER_SUB})
 _ADDITIVE = frozenset({p.add_p, p.sub_p, p.concatenate_p, jaxprs.STACK})
 PRODUCT = frozenset({p.mul_p, p.dot_general_p, p.conv_general_dilated_p, p.scatter_mul_p})
@@ -74,6 +75,7 @@ def orders(
     transparent: Mapping[int, int] | None = None,
     arms: Mapping[int, np.ndarray] | None = None,
     far: bool = False,
+    inside: bool = False,
 ) -> dict[int, Order]:
     """Orders of the values that `ops` make.
 
@@ -83,6 +85,7 @@ def orders(
       seeds: orders given to values (the factors that shrink have 1); any other value from outside has 0. A seed may be
         a vector: then so is every order that it reaches, one entry for each question asked at once.
       transparent: for a normalization's result, the value that it normalizes; its order passes through.
+      inside: a term of a sum that neither is a seed nor was made by `ops` does not count.
       far: for factors that grow instead: no constant that is added counts.
       arms: for a conditional, by its number, the arm that runs in each entry; -1 where any may, and the least counts.
 
@@ -92,7 +95,7 @@ def orders(
     known: dict[int, Order] = dict(seeds)
     for k in ops:
         op = graph.program.ops[k]
-        found = _order(graph, op, known, arms, far)
+        found = _order(graph, op, known, arms, far, inside)
         for v in op.outputs:
             if v in seeds:
                 continue
@@ -109,7 +112,8 @@ def _least(values: Sequence[Order]) -> Order:
 
 
 def _order(
-    graph: Graph, op: Op, known: Mapping[int, Order], arms: Mapping[int, np.ndarray] | None, far: bool
+    graph: Graph, op: Op, known: Mapping[int, Order], arms: Mapping[int, np.ndarray] | None, far: bool,
+    inside: bool,
 ) -> Order:  # fmt: skip
     primitive = op.primitive
 
@@ -133,10 +137,14 @@ def _order(
             inputs = inputs[:2]
         elif primitive in _SCATTERS:
             inputs = (inputs[0], inputs[2])
+        if primitive in _UPDATES and _is_store(graph, inputs[0]):
+            inputs = inputs[1:]
         if primitive in (p.max_p, p.min_p):  # a bound that zero keeps is far away: relu6, hard tanh
             inputs = tuple(v for v in inputs if not _slack(graph, primitive, v)) or inputs
         elif primitive in _ADDITIVE and any(graph.is_activation(v) for v in inputs):
             inputs = tuple(v for v in inputs if not graph.is_parameter(v))  # additive parameters do not count
+            if inside:
+                inputs = tuple(v for v in inputs if v in known) or inputs
         return _least([of(v, guard=True) for v in inputs]) if inputs else 0.0
     if primitive is p.select_n_p:
         return _least([of(v) for v in op.inputs[1:]])
@@ -170,6 +178,16 @@ def _order(
         return of(op.inputs[0])
     streams = [of(v) for v in op.inputs if graph.is_activation(v) or v in known]
     return _least(streams) if streams else 0.0  # no rule
+
+
+def _is_store(graph: Graph, value: int) -> bool:
+    """Whether an array that is written into comes from outside as it is: a cache."""
+    while not (made_from := value in graph.leaves):
+        k = graph.maker.get(value)
+        if k is None or graph.program.ops[k].primitive not in COPIES | _UPDATES:
+            break
+        value = graph.program.ops[k].inputs[0]
+    return made_from
 
 
 def _slack(graph: Graph, primitive: Any, value: int) -> bool:

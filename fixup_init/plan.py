@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import jax.numpy as jnp
+
 from fixup_init.structure import Parameter, Role
 
 __all__ = ["Distribution", "Entry", "Plan"]
@@ -147,10 +149,16 @@ class Plan:
 
 
 def constant(parameter: Parameter, value: float, reason: str) -> Entry:
+    """Every entry the same; parameters of whole numbers (quantized kernels) stay the model's own."""
+    if not jnp.issubdtype(parameter.dtype, jnp.inexact):
+        return as_model(parameter, f"{parameter.dtype}, which no scheme sets: the model's own")
     return _entry(parameter, "constant", 0.0, value, reason)
 
 
 def drawn(parameter: Parameter, distribution: Distribution, std: float, reason: str) -> Entry:
+    """Random entries; parameters of whole numbers (quantized kernels) stay the model's own."""
+    if not jnp.issubdtype(parameter.dtype, jnp.inexact):
+        return as_model(parameter, f"{parameter.dtype}, which no scheme sets: the model's own")
     return _entry(parameter, distribution, std, None, reason)
 
 

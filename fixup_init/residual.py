@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -17,10 +18,10 @@ from typing import Literal
 import numpy as np
 
 from fixup_init import jaxprs
-from fixup_init.graph import Graph, Split, latest_common_ancestor
-from fixup_init.jaxprs import Arm, p
+from fixup_init.graph import Graph, Split, latest_common_ancestor, reaches
+from fixup_init.jaxprs import Arm, Op, p
 from fixup_init.normalization import Norm
-from fixup_init.orders import Order, has_rule, orders
+from fixup_init.orders import PRODUCT, Order, has_rule, orders
 
 __all__ = ["Branch", "Residual", "Role", "Undecided", "arms_of", "find"]
 
@@ -35,6 +36,16 @@ MIXING = frozenset({
 })  # fmt: skip
 _RESHAPING = frozenset({
     p.pad_p, p.concatenate_p, p.slice_p, p.reshape_p, p.transpose_p, p.gather_p, p.dynamic_slice_p, p.rev_p, *MIXING,
+})  # fmt: skip
+_UNSCALED = frozenset({p.stop_gradient_p, p.convert_element_type_p, p.copy_p, jaxprs.IDENTITY})
+# Linear functions of their arguments, whatever these are.
+_LINEAR = frozenset({
+    p.add_p, p.sub_p, p.neg_p, p.reduce_sum_p, p.cumsum_p, p.reduce_window_sum_p, p.convert_element_type_p,
+    p.broadcast_in_dim_p, p.reshape_p, p.transpose_p, p.squeeze_p, p.copy_p, p.slice_p, p.rev_p, p.pad_p,
+    p.concatenate_p, p.real_p, p.imag_p, p.complex_p, p.conj_p, p.fft_p, p.stop_gradient_p, p.sharding_constraint_p,
+    p.name_p, p.psum_p, p.reduce_precision_p, p.device_put_p, jaxprs.SPLIT, jaxprs.STACK, jaxprs.UNSTACK, jaxprs.TILE,
+    jaxprs.CARRY_IN, jaxprs.CARRY_OUT, jaxprs.SLICE_IN, jaxprs.STACK_OUT, jaxprs.SHARD_IN, jaxprs.SHARD_OUT,
+    jaxprs.IDENTITY,
 })  # fmt: skip
 
 
@@ -71,6 +82,7 @@ class Residual:
     skip_layers: tuple[int, ...]
     branches: tuple[Branch, ...]
     scaled: bool  # whether a parameter multiplies the skip
+    crossed: bool  # whether a stream runs through a branch that began elsewhere, or skip and branch share no part of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,28 +107,28 @@ class _Term:
 
 def find(graph: Graph, norms: tuple[Norm, ...]) -> tuple[tuple[Residual, ...], tuple[Undecided, ...]]:
     """All residual sums in trace order, and those that cannot be decided."""
-    inside = frozenset().union(*(n.region for n in norms)) if norms else frozenset()
-    transparent = {n.core: n.source for n in norms}
-    reach = _Reach(graph, transparent)
-    residuals: list[Residual] = []
-    undecided: list[Undecided] = []
-    absorbed: set[int] = set()
-    for k in range(len(graph.program.ops) - 1, -1, -1):
+    search = _Search(graph, norms)
+    for k in range(len(graph.program.ops)):
         node = k + len(graph.inputs)
-        if node in absorbed or node in inside or not _is_sum(graph, node):
+        if node in search.inside or not _is_sum(graph, node) or search.absorber(node) is not None:
             continue
-        terms = _terms(graph, node, absorbed)
-        split = latest_common_ancestor(
-            graph, [graph.node_of[v] for v in terms], functools.partial(reach.is_hopeless, terms)
-        )
+        values = search.terms(node)
+        split = search.split(values)
         if split is None:
             continue
-        verdict = _decide(graph, node, terms, split, transparent)
+        verdict = _decide(search, node, values, split)
         if isinstance(verdict, Residual):
-            residuals.append(verdict)
+            search.residuals[node] = verdict
         elif isinstance(verdict, Undecided):
-            undecided.append(verdict)
-    return tuple(r for r in reversed(residuals) if not _is_feedthrough(graph, r, residuals)), tuple(reversed(undecided))
+            search.undecided.append(verdict)
+    found = search.residuals.values()
+    sums = {graph.node_of[r.sum] for r in found}
+    splits = {r.split for r in found}
+    kept = tuple(
+        r for r in found
+        if not _is_feedthrough(graph, r, found) and (not r.crossed or graph.node_of[r.sum] in splits or r.split in sums)
+    )  # fmt: skip
+    return kept, tuple(search.undecided)
 
 
 def _is_feedthrough(graph: Graph, residual: Residual, residuals: Iterable[Residual]) -> bool:
@@ -145,67 +157,116 @@ def _is_sum(graph: Graph, node: int) -> bool:
     return bool(_addends(graph, node))
 
 
-def _terms(graph: Graph, node: int, absorbed: set[int]) -> list[int]:
-    """The terms of an n-ary sum, as values; additions used once are part of it."""
-    terms: list[int] = []
-    for v in _addends(graph, node):
-        maker = graph.node_of[v]
-        inner = graph.op(maker)
-        if inner is not None and inner.primitive is p.add_p and _is_sum(graph, maker) and len(graph.users[maker]) == 1:
-            absorbed.add(maker)
-            terms.extend(_terms(graph, maker, absorbed))
-        else:
-            terms.append(v)
-    return terms
+class _Search:
+    """What is known while sums are decided, in trace order."""
+
+    def __init__(self, graph: Graph, norms: tuple[Norm, ...]) -> None:
+        self.graph = graph
+        self.inside = frozenset().union(*(n.region for n in norms))
+        self.transparent = {n.core: n.source for n in norms}
+        self.normed = {graph.node_of[n.core] for n in norms}
+        self.weighted = set(graph.layers)  # nodes with a weight layer at or before them
+        for node, above in graph.parents.items():
+            if any(a in self.weighted for a in above):
+                self.weighted.add(node)
+        self.residuals: dict[int, Residual] = {}  # by the node of the sum
+        self.undecided: list[Undecided] = []
+        self._absorber: dict[int, int | None] = {}
+        self._below: dict[int, tuple[set[int], set[int], int]] = {}
+
+    def absorber(self, node: int) -> int | None:
+        """The sum that a sum is part of: it is used there alone, and its terms part no later than all the terms."""
+        if node not in self._absorber:
+            self._absorber[node] = self._find_absorber(node)
+        return self._absorber[node]
+
+    def _find_absorber(self, node: int) -> int | None:
+        graph = self.graph
+        op = graph.op(node)
+        if op is None or op.primitive is not p.add_p or len(graph.users[node]) != 1:
+            return None
+        (user,) = graph.users[node]
+        around = _addends(graph, user)
+        if not around or user in self.inside or len(graph.parents[user]) < 2:
+            return None
+        own = self.split(_addends(graph, node))
+        whole = self.split(around) if own is not None else None
+        return user if own is not None and whole is not None and own.node <= whole.node else None
+
+    def terms(self, node: int) -> list[int]:
+        """The terms of an n-ary sum, as values."""
+        graph = self.graph
+        found: list[int] = []
+        for v in _addends(graph, node):
+            maker = graph.node_of[v]
+            part = _is_sum(graph, maker) and maker not in self.inside and self.absorber(maker) == node
+            found.extend(self.terms(maker) if part else [v])
+        return found
+
+    def split(self, values: Sequence[int]) -> Split | None:
+        nodes = [self.graph.node_of[v] for v in values]
+        return latest_common_ancestor(self.graph, nodes, functools.partial(self._is_hopeless, nodes))
+
+    def _is_hopeless(self, terms: Sequence[int], split: int) -> bool:
+        """Whether a distant split cannot be one of a residual, seen without walking what lies between: another stream
+        came in from elsewhere, or both terms are weighted and a stream between goes on behind the sum."""
+        graph = self.graph
+        below, weighted, done = self._below.get(split, ({split}, set(), split + 1))
+        for node in range(done, max(terms) + 1):
+            above = graph.parents.get(node, ())
+            if any(a in below for a in above):
+                below.add(node)
+                if node in graph.layers or any(a in weighted for a in above):
+                    weighted.add(node)
+        self._below[split] = (below, weighted, max(done, max(terms) + 1))
+        for node in reversed(self.residuals):
+            if node not in below or not any(reaches(graph, node, t) for t in terms):
+                continue
+            if self.residuals[node].split not in below:
+                return True
+            return graph.users[node][-1] > max(terms) + 1 and all(t in weighted for t in terms)
+        return False
+
+    def cancel(self, node: int, end: int, skip: _Term) -> None:
+        """x + (f(x) - x), the derivative of one of them stopped (straight-through): f(x) replaces x, no residual."""
+        graph = self.graph
+        while (op := graph.op(end)) is not None and op.primitive in _UNSCALED:
+            (end,) = graph.parents[end]
+        around = graph.op(node)
+        if op is not None and op.primitive is p.sub_p and end in self.residuals:
+            if op.inputs[1] in skip.values and around is not None and around.primitive is p.add_p:
+                del self.residuals[end]
+
+    def stream(self, node: int, start: int) -> bool:
+        """Whether a node is a later state of the stream that a residual's split began, with no weight between."""
+        graph = self.graph
+        while node > start:
+            residual = self.residuals.get(node)
+            if residual is not None:
+                node = residual.split
+            elif len(graph.parents[node]) == 1 and node not in graph.layers and not _mixes(graph, node):
+                (node,) = graph.parents[node]
+            else:
+                return False
+        return node == start
 
 
-class _Reach:
-    """What can be said of a distant split without walking all that lies between; remembered from sum to sum."""
-
-    def __init__(self, graph: Graph, transparent: dict[int, int]) -> None:
-        self._graph, self._transparent = graph, transparent
-        self._known: dict[int, tuple[dict[int, Order], set[int], int]] = {}
-
-    def is_hopeless(self, terms: Sequence[int], split: int) -> bool:
-        """Whether `_decide` cannot find a residual: a term that does not scale with the split, beside a weighted one
-        or used elsewhere too."""
-        graph = self._graph
-        first = split - len(graph.inputs) + 1
-        last = max(graph.node_of[v] for v in terms) - len(graph.inputs) + 1
-        known, weighted, done = self._known.get(split, (_seeds(graph, split), set(), first))
-        if last > done:
-            ops = range(done, last)
-            known = orders(graph, ops, known, self._transparent)
-            for k in ops:
-                node = k + len(graph.inputs)
-                if node in graph.parents and any(a in weighted or a == split for a in graph.parents[node]):
-                    if node in graph.layers or any(a in weighted for a in graph.parents[node]):
-                        weighted.add(node)
-            self._known[split] = (known, weighted, last)
-        heavy = [graph.node_of[v] in weighted for v in terms]
-        strays = [v for v in terms if known.get(v, 0.0) < 1]
-        if all(heavy):
-            return bool(strays)
-        return any(not h or len(graph.users[graph.node_of[v]]) > 1 for v, h in zip(terms, heavy, strict=True) if v in strays)
-
-
-def _decide(
-    graph: Graph, node: int, values: list[int], split: Split, transparent: dict[int, int]
-) -> Residual | Undecided | None:
-    terms = [_term(graph, v, 1 << t, split) for t, v in enumerate(values)]
+def _decide(search: _Search, node: int, values: list[int], split: Split) -> Residual | Undecided | None:
+    graph = search.graph
+    terms = [_term(search, v, 1 << t, split) for t, v in enumerate(values)]
     weighted = [t for t in terms if t.layers]
     plain = [t for t in terms if not t.layers]
     smooth = [t for t in plain if not t.mixes]
     if plain and len(plain) < len(terms):
         skips = smooth or plain
         if not smooth and len(plain) > 1:
-            return _undecided(graph, node, terms, split, transparent, "several terms without weights could be the skip")
+            return _undecided(search, node, terms, split, "several terms without weights could be the skip")
     elif weighted:
         fewest = min(len(t.layers) for t in weighted)
         skips = [t for t in weighted if len(t.layers) == fewest]
         if any(t.closed for t in terms):
             why = "it holds a region that is not entered, so its weight layers cannot be counted"
-            return _undecided(graph, node, terms, split, transparent, why)
+            return _undecided(search, node, terms, split, why)
         if len(skips) > 1:
             return None  # as many weights on each side: parallel
     else:
@@ -215,37 +276,55 @@ def _decide(
         op = graph.op(node)
         if op is not None and op.primitive is p.sub_p:
             return None  # x - mean(x)
-    return _residual(graph, node, terms, _together(skips), split, transparent)
+    if graph.loop(split.node) is not graph.loop(node):
+        return None  # a state that a loop is given
+    skip = _together(skips)
+    branches = [t for t in terms if not set(t.values) <= set(skip.values) and (t.layers or t.mixes)]
+    if not branches or not _carries(search, skip, split):
+        return None
+    if not _are_branches(search, node, skip, branches, split):
+        return None
+    return _residual(search, node, skip, branches, split)
 
 
-def _undecided(
-    graph: Graph, node: int, terms: list[_Term], split: Split, transparent: dict[int, int], why: str
-) -> Undecided:
-    readings = [
-        _residual(graph, node, terms, skip, split, transparent, certain=True) for skip in terms
-    ]  # fmt: skip
-    return Undecided(
-        graph.value(node), tuple(t.layers for t in terms), why, tuple(r for r in readings if r is not None)
-    )
+def _are_branches(search: _Search, node: int, skip: _Term, branches: list[_Term], split: Split) -> bool:
+    """Whether terms beside a skip are branches, and not streams of their own."""
+    graph = search.graph
+    for term in branches:
+        end = graph.node_of[term.values[0]]
+        goes_on = len(graph.users[end]) > 1
+        if not _follows(search, term, split) and (skip.layers or goes_on):
+            return False  # another stream, and a condition that it is given
+        if goes_on and end in search.residuals:
+            return False  # a stream that goes on elsewhere
+        if search.stream(end, split.node):  # a later state of the skip's own stream
+            search.cancel(node, end, skip)
+            return False
+    if skip.layers:
+        held = {n for t in (skip, *branches) for n in t.nodes} | {node}
+        if any(u not in held for t in branches for n in t.nodes for u in graph.users[n]):
+            return False  # two outputs of one stream at different depths
+        if all(_is_linear(search, t) for t in (skip, *branches)):
+            return False  # one linear map in two terms: a low-rank addition to a kernel
+    return True
 
 
-def _residual(
-    graph: Graph, node: int, terms: list[_Term], skip: _Term, split: Split, transparent: dict[int, int],
-    certain: bool = False,
-) -> Residual | None:  # fmt: skip
-    """The residual with a given skip, None where its terms do not behave as one (unless `certain`)."""
-    rest = [t for t in terms if not set(t.values) <= set(skip.values) and (t.layers or t.mixes or certain)]
-    if not certain:
-        if not rest or not _carries(graph, skip, split, transparent):
-            return None
-        strays = [t for t in rest if not _follows(graph, t, split, transparent)]
-        if strays and skip.layers:
-            return None
-        if any(len(graph.users[graph.node_of[v]]) > 1 for t in strays for v in t.values):
-            return None  # a stream of its own, which goes on elsewhere, and a condition that it is given
-    branches = tuple(_branch(graph, t, transparent) for t in rest)
+def _undecided(search: _Search, node: int, terms: list[_Term], split: Split, why: str) -> Undecided:
+    readings = tuple(_residual(search, node, skip, [t for t in terms if t is not skip], split) for skip in terms)
+    return Undecided(search.graph.value(node), tuple(t.layers for t in terms), why, readings)
+
+
+def _residual(search: _Search, node: int, skip: _Term, branches: list[_Term], split: Split) -> Residual:
+    graph = search.graph
     kind: Skip = "projection" if skip.layers else "reshape" if _reshapes(graph, skip) else "identity"
-    return Residual(split.node, graph.value(node), kind, skip.layers, branches, _is_scaled(graph, skip))
+    # A stream that was added to within a branch, but began outside of it.
+    within = {n for t in branches for n in t.nodes}
+    crossed = any(
+        r.split not in within and r.split != split.node
+        for n in within if (r := search.residuals.get(n)) is not None
+    ) or any(_apart(search, skip, t, split) for t in branches)  # fmt: skip
+    found = tuple(_branch(search, t) for t in branches)
+    return Residual(split.node, graph.value(node), kind, skip.layers, found, _is_scaled(graph, skip), crossed)
 
 
 def _together(terms: list[_Term]) -> _Term:
@@ -258,25 +337,28 @@ def _together(terms: list[_Term]) -> _Term:
     )  # fmt: skip
 
 
-def _term(graph: Graph, value: int, color: int, split: Split) -> _Term:
+def _term(search: _Search, value: int, color: int, split: Split) -> _Term:
+    graph = search.graph
     reached = sorted(n for n, mask in split.colors.items() if mask & color)
     below: set[int] = {split.node}
     for n in reached:
         if any(a in below for a in graph.parents[n]):
             below.add(n)
-    below.discard(split.node)
     nodes = tuple(n for n in reached if n in below)
     aside: set[int] = set()  # a second source, as far back as nothing else uses it
-    todo = [a for n in nodes for a in graph.parents[n] if a not in below and a != split.node]
-    while todo:
-        n = todo.pop()
-        if n in aside or n not in split.colors or len(graph.users[n]) > 1:
+    heap = [-a for n in nodes for a in graph.parents[n] if a not in below]
+    heapq.heapify(heap)
+    while heap:
+        n = -heapq.heappop(heap)
+        if n in aside or n not in split.colors or not all(u in below or u in aside for u in graph.users[n]):
             continue
         aside.add(n)
-        todo.extend(graph.parents[n])
+        for a in graph.parents[n]:
+            heapq.heappush(heap, -a)
     return _Term(
         (value,), nodes, tuple(sorted(aside)), tuple(n for n in nodes if n in graph.layers),
-        any(_mixes(graph, n) for n in nodes), any(_is_closed(graph, n) for n in nodes),
+        any(_mixes(graph, n) for n in nodes if n not in search.inside),
+        any(_is_closed(graph, n) for n in nodes),
     )  # fmt: skip
 
 
@@ -306,20 +388,102 @@ def _seeds(graph: Graph, node: int) -> dict[int, Order]:
     return dict.fromkeys(op.outputs if op is not None else (graph.value(node),), 1.0)
 
 
-def _carries(graph: Graph, skip: _Term, split: Split, transparent: dict[int, int]) -> bool:
-    """Whether the skip is linear in the split, and a projection's kernels are factors of it: a gate is no skip."""
-    if not _follows(graph, skip, split, transparent):
+def _carries(search: _Search, skip: _Term, split: Split) -> bool:
+    """Whether the skip is linear in the split, its coefficients made without other streams, and a projection's kernels
+    are factors of it: a gate is no skip, and what is repeated over positions just before the sum is a bias."""
+    graph = search.graph
+    ops = [n - len(graph.inputs) for n in skip.nodes]
+    known = orders(graph, ops, _seeds(graph, split.node), search.transparent, inside=True)
+    if any(known.get(v, 0.0) != 1 for v in skip.values) or any(_is_repeated(graph, v) for v in skip.values):
         return False
+    held = {split.node, *skip.nodes}
+    for n in skip.nodes:
+        op = graph.op(n)
+        assert op is not None
+        if op.primitive in PRODUCT and n not in search.inside:
+            if any(a not in held and a in search.weighted for a in graph.parents[n]):
+                return False
     kernels = dict.fromkeys(graph.layers[n].kernel for n in skip.layers)
+    if not kernels:
+        return True
     seeds: dict[int, Order] = dict(zip(kernels, np.eye(len(kernels)), strict=True))
-    known = orders(graph, _ops(graph, skip), seeds, transparent)
-    return all(bool(np.all(known.get(v, 0.0) >= 1)) for v in skip.values) if kernels else True
+    known = orders(graph, _ops(graph, skip), seeds, search.transparent)
+    return all(bool(np.all(known.get(v, 0.0) >= 1)) for v in skip.values)
 
 
-def _follows(graph: Graph, term: _Term, split: Split, transparent: dict[int, int]) -> bool:
-    """Whether a term scales with the split; a stream that only began elsewhere does not."""
-    known = orders(graph, _ops(graph, term), _seeds(graph, split.node), transparent)
-    return all(bool(known.get(v, 0.0) >= 1) for v in term.values)
+def _is_repeated(graph: Graph, value: int) -> bool:
+    op = graph.op(graph.node_of[value])
+    while op is not None and op.primitive is p.convert_element_type_p:
+        value = op.inputs[0]
+        op = graph.op(graph.node_of[value])
+    if op is None or op.primitive is not p.broadcast_in_dim_p:
+        return False
+    shape = graph.program.shape
+    return math.prod(shape(op.outputs[0])) > math.prod(shape(op.inputs[0]))
+
+
+def _follows(search: _Search, term: _Term, split: Split) -> bool:
+    """Whether a term scales with the split, what is added to it from elsewhere apart."""
+    graph = search.graph
+    ops = [n - len(graph.inputs) for n in term.nodes]
+    known = orders(graph, ops, _seeds(graph, split.node), search.transparent, inside=True)
+    return all(1 <= known.get(v, 0.0) < math.inf for v in term.values)
+
+
+def _is_linear(search: _Search, term: _Term) -> bool:
+    """Whether a term is a linear function of the split."""
+    graph = search.graph
+    for n in term.nodes:
+        op = graph.op(n)
+        assert op is not None
+        if op.primitive in _LINEAR:
+            continue
+        streams = [v for v in op.inputs if graph.is_activation(v)]
+        if op.primitive in PRODUCT and len(streams) == 1:
+            continue
+        if op.primitive is p.div_p and streams == [op.inputs[0]]:
+            continue
+        if op.primitive is p.select_n_p and not graph.is_activation(op.inputs[0]):
+            continue
+        return False
+    return True
+
+
+def _pieces(search: _Search, term: _Term, split: Split) -> list[tuple[int, tuple[tuple[int, int], ...]]]:
+    """The parts of the split's results that a term reads: (value, bounds along each axis)."""
+    graph = search.graph
+    op = graph.op(split.node)
+    results = op.outputs if op is not None else (graph.value(split.node),)
+    found = []
+    for n in term.nodes:
+        reader = graph.op(n)
+        assert reader is not None
+        for v in reader.inputs:
+            if v in results:
+                found.append((v, _bounds(graph, reader, v)))
+    found += [(v, _bounds(graph, None, v)) for v in term.values if v in results]
+    return found
+
+
+def _bounds(graph: Graph, reader: Op | None, value: int) -> tuple[tuple[int, int], ...]:
+    shape = graph.program.shape(value)
+    if reader is not None and reader.primitive is p.slice_p:
+        return tuple(zip(reader.params["start_indices"], reader.params["limit_indices"], strict=True))
+    if reader is not None and reader.primitive is p.dynamic_slice_p and reader.inputs[0] == value:
+        starts = [graph.literal(v) if not graph.is_activation(v) else None for v in reader.inputs[1:]]
+        sizes = reader.params["slice_sizes"]
+        if all(s is not None for s in starts):
+            return tuple((int(s), int(s) + n) for s, n in zip(starts, sizes, strict=True) if s is not None)
+    return tuple((0, n) for n in shape)
+
+
+def _apart(search: _Search, left: _Term, right: _Term, split: Split) -> bool:
+    """Whether two terms read disjoint parts of the split: chunks of a projection, the steps of a sequence."""
+    ours, theirs = _pieces(search, left, split), _pieces(search, right, split)
+    return bool(ours and theirs) and not any(
+        a == b and all(max(i[0], j[0]) < min(i[1], j[1]) for i, j in zip(box, other, strict=True))
+        for a, box in ours for b, other in theirs
+    )  # fmt: skip
 
 
 def _ops(graph: Graph, term: _Term) -> list[int]:
@@ -328,22 +492,21 @@ def _ops(graph: Graph, term: _Term) -> list[int]:
     return sorted(ops.union(graph.behind(v for k in ops for v in graph.program.ops[k].inputs)))
 
 
-def _branch(graph: Graph, term: _Term, transparent: dict[int, int]) -> Branch:
+def _branch(search: _Search, term: _Term) -> Branch:
+    graph = search.graph
     (end,) = term.values
     nodes = sorted((*term.nodes, *term.aside))
     layers = tuple(n for n in nodes if n in graph.layers)
     ops = _ops(graph, term)
     # Parameters as the optimizer sees them, and kernels as the equations do: standardization lies between.
-    kernel = {n: graph.layers[n].leaves[0] for n in layers}
     used = {n: graph.layers[n].kernel for n in layers}
     question = functools.partial(_shares, graph, ops, end)
-    order, shares = question([(kernel[n], arms_of(graph, n)) for n in layers], None)
-    free_order, free = question([(used[n], arms_of(graph, n)) for n in layers], transparent)
+    order, shares = question([(graph.layers[n].kernels, arms_of(graph, n)) for n in layers], None)
+    free_order, free = question([((used[n],), arms_of(graph, n)) for n in layers], search.transparent)
     value = tuple(n for n in layers if free[used[n]] >= 1)
     depth, last = _chain(graph, nodes, layers, value)
-    normed = {k + len(graph.inputs) for v in transparent if (k := graph.maker.get(v)) is not None}
-    roles: dict[int, Role] = {n: "value" if n in value else _steers(graph, n, set(nodes), normed) for n in layers}
-    kernels = set(kernel.values())
+    roles: dict[int, Role] = {n: "value" if n in value else _steers(graph, n, set(nodes), search.normed) for n in layers}
+    kernels = {v for n in layers for v in graph.layers[n].kernels}
     others = dict.fromkeys(
         v for k in ops for v in graph.program.ops[k].inputs
         if v in graph.leaves and graph.leaves[v].kind == "param" and v not in kernels
@@ -366,28 +529,35 @@ def arms_of(graph: Graph, node: int) -> dict[int, Arm]:
 
 
 def _shares(
-    graph: Graph, ops: list[int], end: int, kernels: Sequence[tuple[int, dict[int, Arm]]],
+    graph: Graph, ops: list[int], end: int, kernels: Sequence[tuple[tuple[int, ...], dict[int, Arm]]],
     transparent: dict[int, int] | None,
 ) -> tuple[float, dict[int, float]]:  # fmt: skip
-    """The order of a branch's end in all its kernels, and how much of it each is.
+    """The order of a branch's end in all its kernels, and how much of it each is, by value.
 
-    Two kernels in parallel have one order between them. All questions are asked at once: entry 0 is the whole; then
-    come the whole and the rest without kernel k, each in the arms of conditionals where kernel k is.
+    Two kernels in parallel have one order between them; what is joined to one kernel shrinks together. All questions
+    are asked at once: entry 0 is the whole; then come the whole and the rest without kernel k, each in the arms of
+    conditionals where kernel k is.
     """
-    values = list(dict.fromkeys(v for v, _ in kernels))
-    n = len(values)
-    seeds: dict[int, Order] = {v: np.ones(1 + 2 * n) for v in values}
-    arms: dict[int, np.ndarray] = {}
-    for k, v in enumerate(values):
-        seeds[v][2 + 2 * k] = 0.0  # pyright: ignore[reportIndexIssue]
-        for switch, arm in next(found for w, found in kernels if w == v).items():
-            arms.setdefault(switch, np.full(1 + 2 * n, -1))[1 + 2 * k : 3 + 2 * k] = arm.index
-    found = np.broadcast_to(orders(graph, ops, seeds, transparent, arms or None).get(end, 0.0), (1 + 2 * n,))
+    groups: dict[int, tuple[tuple[int, ...], dict[int, Arm]]] = {}
+    for values, arms in kernels:
+        groups.setdefault(values[0], (values, arms))
+    n = len(groups)
+    seeds: dict[int, Order] = {v: np.ones(1 + 2 * n) for values, _ in groups.values() for v in values}
+    runs: dict[int, np.ndarray] = {}
+    for k, (values, arms) in enumerate(groups.values()):
+        for v in values:
+            seeds[v][2 + 2 * k] = 0.0  # pyright: ignore[reportIndexIssue]
+        for switch, arm in arms.items():
+            runs.setdefault(switch, np.full(1 + 2 * n, -1))[1 + 2 * k : 3 + 2 * k] = arm.index
+    found = np.broadcast_to(orders(graph, ops, seeds, transparent, runs or None).get(end, 0.0), (1 + 2 * n,))
     if not math.isfinite(found[0]):
-        return float(found[0]), dict.fromkeys(values, 0.0)
+        return float(found[0]), dict.fromkeys(seeds, 0.0)
     with np.errstate(invalid="ignore"):
         share = found[1::2] - found[2::2]
-    return float(found[0]), {v: float(s) if math.isfinite(s) else 0.0 for v, s in zip(values, share, strict=True)}
+    return float(found[0]), {
+        v: float(s) if math.isfinite(s) else 0.0
+        for (values, _), s in zip(groups.values(), share, strict=True) for v in values
+    }  # fmt: skip
 
 
 _AT_ONCE = 32

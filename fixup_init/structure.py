@@ -5,24 +5,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from fixup_init import jaxprs
 from fixup_init.graph import COPIES, Graph
-from fixup_init.jaxprs import Loop, p
+from fixup_init.jaxprs import Loop, opaque, p
 from fixup_init.orders import has_rule, orders
 from fixup_init.plain import plain
 from fixup_init.residual import Branch as BranchNodes
-from fixup_init.residual import Residual
+from fixup_init.residual import Residual, arms_of
+from fixup_init.residual import Undecided as UndecidedNodes
 from fixup_init.tracing import Traced, trace
 
 __all__ = [
-    "Branch", "LayerInfo", "NormInfo", "Parameter", "Structure", "StructureError", "Undecided", "of_trace", "structure",
+    "Arm", "Branch", "LayerInfo", "NormInfo", "Parameter", "Region", "Structure", "StructureError", "Undecided",
+    "of_trace", "structure",
 ]  # fmt: skip
 
 Role = Literal[
-    "kernel", "embedding", "gain", "norm_scale", "norm_bias", "multiplier", "bias", "position", "other", "unused"
-]
+    "kernel", "embedding", "factor", "gain", "norm_scale", "norm_bias", "multiplier", "bias", "position", "other",
+    "unused",
+]  # fmt: skip
 
 
 class StructureError(ValueError):
@@ -30,8 +34,21 @@ class StructureError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Arm:
+    """Arm `index` of `count` of a conditional (`lax.cond`, `lax.switch`), of which one runs; `switch` numbers it."""
+
+    switch: int
+    index: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerInfo:
-    """A weight layer: the path of its kernel and the fans of its equation (receptive field and groups included)."""
+    """A weight layer: the path of its kernel and the fans of its equation (receptive field and groups included).
+
+    `repeats` says how often it stands in the depth of the network (under scan), `arms` which arms of conditionals it is
+    in, outermost first.
+    """
 
     path: str
     kind: Literal["dense", "conv", "embedding"]
@@ -39,6 +56,7 @@ class LayerInfo:
     fan_out: int
     repeats: int = 1
     scope: str = ""
+    arms: tuple[Arm, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +90,8 @@ class Branch:
       closing: parameters nearest the end, kernels apart, that multiply the branch: a norm's scale, a multiplier.
       norms: how many normalizations it holds.
       scope: where the sum is, by name; '' where the framework gives no names.
+      arms: the arms of conditionals that the whole residual is in, outermost first.
+      alternatives: where the branch holds a conditional, the weights of each of its arms; one arm runs.
     """
 
     weights: tuple[str, ...]
@@ -87,6 +107,17 @@ class Branch:
     closing: tuple[str, ...]
     norms: int
     scope: str = ""
+    arms: tuple[Arm, ...] = ()
+    alternatives: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """An operation that is named and not entered: a while loop, a solver, a hand-written kernel."""
+
+    primitive: str
+    scope: str
+    parameters: tuple[str, ...]  # paths of those that it takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +135,25 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class Undecided:
-    """Something that the graph leaves open: `terms` are the parameter paths on each side."""
+    """Something that the graph leaves open.
+
+    Attributes:
+      what: "sum" or "head".
+      where: its scope, or the output.
+      terms: the parameter paths of each term.
+      why: in words.
+      name: of a sum, for `Structure.settle`: "sum 1" is the first that is undecided.
+      readings: of a sum, for each term the branches that there are if that term is the skip.
+      position: how many branches come before it.
+    """
 
     what: Literal["sum", "head"]
     where: str
     terms: tuple[tuple[str, ...], ...]
     why: str
+    name: str = ""
+    readings: tuple[tuple[Branch, ...], ...] = ()
+    position: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +170,7 @@ class Structure:
       parameters: every parameter leaf, in the order of the tree.
       undecided: what the graph leaves open.
       unruled: operations in branches, by name, that have no rule for orders and are taken to keep it.
+      regions: operations that are named and not entered.
     """
 
     name: str
@@ -137,11 +182,41 @@ class Structure:
     parameters: tuple[Parameter, ...]
     undecided: tuple[Undecided, ...] = ()
     unruled: tuple[str, ...] = ()
+    regions: tuple[Region, ...] = ()
 
     @property
     def num_branches(self) -> int:
-        """L, the number of residual branches, repeats counted."""
-        return sum(b.repeats for b in self.branches)
+        """L, the number of residual branches, repeats counted; of a conditional's arms the one with most."""
+        return _count([(b.arms, b.repeats) for b in self.branches])
+
+    def settle(self, decisions: Mapping[str, int | None]) -> Structure:
+        """The structure with undecided sums decided.
+
+        Args:
+          decisions: for a sum's name ("sum 1"), which of its terms is the skip (0 is the first), or None for a sum that
+            is no residual.
+
+        Raises:
+          StructureError: there is no such sum or no such term.
+        """
+        named = {u.name: u for u in self.undecided if u.what == "sum"}
+        for name, term in decisions.items():
+            if name not in named or (term is not None and not 0 <= term < len(named[name].terms)):
+                open_ = ", ".join(f"{n!r} (terms 0 to {len(u.terms) - 1})" for n, u in named.items()) or "none"
+                raise StructureError(
+                    f"{{{name!r}: {term!r}}} settles no undecided sum of {self.name}; these are undecided: {open_}."
+                )
+        branches: list[Branch] = []
+        settled = sorted((named[n].position, k, n) for k, n in enumerate(decisions))
+        at = 0
+        for position, _, name in settled:
+            branches += self.branches[at:position]
+            term = decisions[name]
+            branches += () if term is None else named[name].readings[term]
+            at = position
+        branches += self.branches[at:]
+        rest = tuple(u for u in self.undecided if u.what == "head" or u.name not in decisions)
+        return dataclasses.replace(self, branches=tuple(branches), undecided=rest)
 
     @property
     def stem(self) -> str | None:
@@ -164,6 +239,15 @@ class Structure:
         from fixup_init.report.drawing import svg
 
         return svg(self)
+
+
+def _count(found: Sequence[tuple[tuple[Arm, ...], int]]) -> int:
+    total = sum(n for arms, n in found if not arms)
+    inside: dict[int, dict[int, list[tuple[tuple[Arm, ...], int]]]] = {}
+    for arms, n in found:
+        if arms:
+            inside.setdefault(arms[0].switch, {}).setdefault(arms[0].index, []).append((arms[1:], n))
+    return total + sum(max(map(_count, arms.values())) for arms in inside.values())
 
 
 def structure(model: Any, *args: Any, normalization: str = "kept", **kwargs: Any) -> Structure:
@@ -195,10 +279,7 @@ def of_trace(traced: Traced) -> Structure:
     """The structure in a trace."""
     graph = traced.graph
     repeats = functools.partial(_repeats, graph, {})
-    layers = {
-        n: LayerInfo(layer.path, layer.kind, layer.fan_in, layer.fan_out, repeats(n), graph.scope(n))
-        for n, layer in graph.layers.items()
-    }
+    layers = {n: _layer_infos(graph, n, repeats(n)) for n in graph.layers}
     branches = tuple(
         _branch(traced, layers, residual, branch, repeats(graph.node_of[residual.sum]))
         for residual in traced.residuals
@@ -214,14 +295,11 @@ def of_trace(traced: Traced) -> Structure:
     else:
         stems = stems[:1]
     undecided = [
-        Undecided(
-            "sum", graph.scope(graph.node_of[u.sum]), tuple(tuple(layers[n].path for n in t) for t in u.terms), u.why
-        )
-        for u in traced.undecided
+        _undecided(traced, layers, u, k, repeats(graph.node_of[u.sum])) for k, u in enumerate(traced.undecided, 1)
     ]
     undecided += [
         Undecided(
-            "head", f"output {k}", tuple((layers[n].path,) for n in nodes),
+            "head", f"output {k}", tuple(_paths(layers, [n]) for n in nodes),
             f"{len(nodes)} weight layers feed the output and no one of them is last",
         )
         for k, nodes in open_heads
@@ -229,41 +307,98 @@ def of_trace(traced: Traced) -> Structure:
     return Structure(
         name=traced.application.name,
         branches=branches,
-        layers=tuple(layers.values()),
+        layers=tuple(info for infos in layers.values() for info in infos),
         norms=tuple(_norm_info(traced, n) for n in traced.norms),
-        stems=tuple(layers[n].path for n in stems),
-        heads=tuple(dict.fromkeys(layers[n].path for n in heads)),
+        stems=_paths(layers, stems),
+        heads=_paths(layers, heads),
         parameters=_parameters(traced, layers),
         undecided=tuple(undecided),
         unruled=tuple(sorted(_unruled(traced))),
+        regions=_regions(graph),
     )
 
 
+def _undecided(
+    traced: Traced, layers: dict[int, tuple[LayerInfo, ...]], found: UndecidedNodes, number: int, repeats: int
+) -> Undecided:  # fmt: skip
+    at = traced.graph.node_of[found.sum]
+    return Undecided(
+        what="sum",
+        where=traced.graph.scope(at),
+        terms=tuple(_paths(layers, t) for t in found.terms),
+        why=found.why,
+        name=f"sum {number}",
+        readings=tuple(tuple(_branch(traced, layers, r, b, repeats) for b in r.branches) for r in found.readings),
+        position=sum(len(r.branches) for r in traced.residuals if traced.graph.node_of[r.sum] < at),
+    )
+
+
+def _arms(graph: Graph, node: int) -> tuple[Arm, ...]:
+    return tuple(Arm(a.switch, a.index, a.count) for a in reversed(arms_of(graph, node).values()))
+
+
+def _regions(graph: Graph) -> tuple[Region, ...]:
+    found = []
+    for node in graph.parents:
+        op = graph.op(node)
+        if op is not None and opaque(op.primitive):
+            leaves = dict.fromkeys(o for v in op.inputs for o in graph.origins.get(v, ()))
+            paths = tuple(graph.leaves[o].path for o in leaves if graph.leaves[o].kind == "param")
+            found.append(Region(op.name, op.scope, paths))
+    return tuple(found)
+
+
+def _layer_infos(graph: Graph, node: int, repeats: int) -> tuple[LayerInfo, ...]:
+    """A weight layer, once for each parameter that its kernel is joined from."""
+    layer = graph.layers[node]
+    return tuple(
+        LayerInfo(
+            graph.leaves[v].path, layer.kind, layer.fan_in, layer.fan_out, repeats, graph.scope(node),
+            _arms(graph, node),
+        )
+        for v in layer.kernels
+    )  # fmt: skip
+
+
+def _paths(layers: dict[int, tuple[LayerInfo, ...]], nodes: Iterable[int]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(info.path for n in nodes for info in layers[n]))
+
+
 def _branch(
-    traced: Traced, layers: dict[int, LayerInfo], residual: Residual, branch: BranchNodes, repeats: int
+    traced: Traced, layers: dict[int, tuple[LayerInfo, ...]], residual: Residual, branch: BranchNodes, repeats: int
 ) -> Branch:
     graph = traced.graph
     leaves = graph.leaves
-
-    def paths(nodes: Iterable[int]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(layers[n].path for n in nodes))
-
-    skips = paths(residual.skip_layers)
+    skips = _paths(layers, residual.skip_layers)
+    roles: dict[str, Any] = {info.path: role for n, role in branch.roles.items() for info in layers[n]}
     return Branch(
-        weights=tuple(layers[n].path for n in branch.layers),
+        weights=tuple(info.path for n in branch.layers for info in layers[n]),
         depth=branch.depth,
         order=branch.order,
         order_without_norms=branch.free_order,
         skip=residual.skip,
         skip_weights=skips,
         repeats=repeats,
-        roles={layers[n].path: role for n, role in branch.roles.items()} | dict.fromkeys(skips, "shortcut"),
-        last=paths(branch.last),
+        roles=roles | dict.fromkeys(skips, "shortcut"),
+        last=_paths(layers, branch.last),
         shares={leaves[v].path: order for v, order in branch.shares.items()},
         closing=tuple(leaves[v].path for v in branch.closing),
         norms=sum(graph.node_of[n.core] in branch.nodes for n in traced.norms),
         scope=graph.scope(graph.node_of[residual.sum]),
+        arms=_arms(graph, graph.node_of[residual.sum]),
+        alternatives=_alternatives(graph, residual, branch),
     )
+
+
+def _alternatives(graph: Graph, residual: Residual, branch: BranchNodes) -> tuple[tuple[str, ...], ...]:
+    around = arms_of(graph, graph.node_of[residual.sum])
+    found: dict[tuple[int, int], dict[str, None]] = {}
+    for n in branch.layers:
+        for switch, arm in arms_of(graph, n).items():
+            if switch not in around:
+                paths = (graph.leaves[v].path for v in graph.layers[n].kernels)
+                found.setdefault((switch, arm.index), {}).update(dict.fromkeys(paths))
+    return tuple(tuple(found[at]) for at in sorted(found))
 
 
 def _unruled(traced: Traced) -> set[str]:
@@ -328,9 +463,19 @@ def _ancestors(graph: Graph, node: int) -> set[int]:
     return seen
 
 
+def _leads_to_layers(graph: Graph) -> set[int]:
+    """Nodes behind which there are weight layers."""
+    found: set[int] = set()
+    for node in sorted(graph.users, reverse=True):
+        if any(u in found or u in graph.layers for u in graph.users[node]):
+            found.add(node)
+    return found
+
+
 def _heads(traced: Traced, in_branches: set[int]) -> tuple[list[int], list[tuple[int, list[int]]]]:
     """The last weight layer of each output, and the outputs that several layers outside of branches feed."""
     graph = traced.graph
+    leads = _leads_to_layers(graph)
     heads: list[int] = []
     unclear: list[tuple[int, list[int]]] = []
     for k, output in enumerate(graph.outputs):
@@ -344,8 +489,8 @@ def _heads(traced: Traced, in_branches: set[int]) -> tuple[list[int], list[tuple
                 if a not in seen:
                     seen.add(a)
                     todo.append(a)
-        if not found or any(n in in_branches for n in found):
-            continue  # a backbone: it ends in a residual sum
+        if not found or any(n in in_branches or n in leads for n in found):
+            continue  # a backbone: it ends in a residual sum; or a state on the way
         if len(found) == 1:
             heads.extend(n for n in found if n not in heads)
         else:
@@ -353,15 +498,16 @@ def _heads(traced: Traced, in_branches: set[int]) -> tuple[list[int], list[tuple
     return heads, unclear
 
 
-def _parameters(traced: Traced, layers: dict[int, LayerInfo]) -> tuple[Parameter, ...]:
+def _parameters(traced: Traced, layers: dict[int, tuple[LayerInfo, ...]]) -> tuple[Parameter, ...]:
     graph = traced.graph
     uses: dict[int, dict[Role, None]] = {v: {} for v, leaf in graph.leaves.items() if leaf.kind == "param"}
     of_layer: dict[int, list[LayerInfo]] = {v: [] for v in uses}
     neutral: dict[int, float | None] = {}
     for node, layer in graph.layers.items():
-        for k, v in enumerate(layer.leaves):
-            uses[v][("embedding" if layer.kind == "embedding" else "kernel") if k == 0 else "gain"] = None
-            of_layer[v].append(layers[node])
+        own: Role = "embedding" if layer.kind == "embedding" else "kernel"
+        for v in layer.leaves:
+            uses[v]["factor" if v in layer.factors else own if v in layer.kernels else "gain"] = None
+            of_layer[v].append(layers[node][0])
     in_norms: dict[int, Role] = {}
     for norm in traced.norms:
         for v in norm.scale:
@@ -394,7 +540,7 @@ def _parameters(traced: Traced, layers: dict[int, LayerInfo]) -> tuple[Parameter
 
 
 _PRIORITY: list[Role] = [
-    "kernel", "embedding", "gain", "norm_scale", "norm_bias", "multiplier", "position", "bias", "other", "unused",
+    "kernel", "embedding", "factor", "gain", "norm_scale", "norm_bias", "multiplier", "position", "bias", "other", "unused",
 ]  # fmt: skip
 
 
@@ -402,15 +548,24 @@ def _role(graph: Graph, node: int, value: int, leaf: int) -> Role:
     op = graph.op(node)
     assert op is not None
     if op.primitive in (p.mul_p, p.div_p):
-        # One arm of a piecewise function (PReLU) is a slope, no multiplier of the stream.
+        # One arm of a piecewise function (PReLU) is a slope, and a row of a kernel that is written out is a tap: no
+        # multipliers of the stream.
         piecewise = any(
             (o := graph.op(u)) is not None and o.primitive in (p.select_n_p, p.max_p, p.min_p)
+            and sum(graph.is_activation(v) for v in o.inputs[o.primitive is p.select_n_p :]) > 1
             for u in graph.users[node]
-        )
-        return "other" if piecewise else "multiplier"
+        )  # fmt: skip
+        return "other" if piecewise or _is_part(graph, value, leaf) else "multiplier"
     if op.primitive in (p.add_p, p.sub_p):
         return "position" if _is_table(graph, node, value, leaf) else "bias"
     return "other"
+
+
+def _is_part(graph: Graph, value: int, leaf: int) -> bool:
+    """Whether a value is cut out of a parameter, by hand and not by a scan."""
+    cuts = (p.slice_p, p.dynamic_slice_p, p.gather_p, p.squeeze_p, jaxprs.SPLIT, jaxprs.UNSTACK)
+    made = [graph.program.ops[k] for k in graph.behind([value])]
+    return any(o.primitive in cuts and leaf in graph.origins.get(o.inputs[0], ()) for o in made)
 
 
 def _is_table(graph: Graph, node: int, value: int, leaf: int) -> bool:

@@ -63,6 +63,17 @@ def test_inspect(folder: pathlib.Path) -> None:
     assert found["num_branches"] == 5 and found["norms"][0]["form"] == "inference"
 
 
+def test_inspect_writes_a_page(folder: pathlib.Path) -> None:
+    done = run(
+        folder, "inspect", "nets.py:model", "--input", "4,16,16,3", "--scheme", "fixup", "--html", "pages/net.html"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "L = 2" in done.stdout and "wrote pages/net.html" in done.stderr
+    page = (folder / "pages/net.html").read_text()
+    assert "<svg" in page and "head: zero" in page and "Conv_{1,3}" in page
+    assert sorted(p.name for p in (folder / "pages").iterdir()) == ["net.html"]
+
+
 def test_analyze(folder: pathlib.Path) -> None:
     done = run(
         folder,

@@ -1,12 +1,17 @@
 """Trees, tables, figures and pages: what they say, that nothing breaks them, and that a browser draws the page."""
 
+import dataclasses
+import functools
 import html as markup
+import itertools
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
+from collections import Counter
 
 import flax.linen as nn
 import jax
@@ -15,13 +20,15 @@ import pytest
 
 import fixup_init as fi
 from fixup_init.extras import require
-from fixup_init.models.resnet import cifar_resnet
+from fixup_init.models.resnet import cifar_resnet, imagenet_resnet
 from fixup_init.propagation import Comparison, Propagation, Row, Statistics
+from fixup_init.report.drawing import Box, Node, Text, lay_out, svg
 from fixup_init.report.figure import figure, save
-from fixup_init.report.html import TrainingRun, html, write
+from fixup_init.report.html import TrainingRun, html, structure_html, write
 from fixup_init.report.layout import fold, line, merged, number, positions, selection, words
 from fixup_init.report.text import comparison_table, propagation_table
 from fixup_init.report.tree import plan_table, rich_tree, tree
+from fixup_init.structure import Undecided
 
 ZERO, BAD = Statistics(0.0, 0.0, 0.0), Statistics(math.nan, math.nan, math.nan, 0.7)
 X = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
@@ -221,6 +228,254 @@ def test_plan_notes_stand_below():
     plan = fi.plan(cifar_resnet(20, norm="fixup"), X)
     noted = type(plan)(plan.scheme, plan.num_branches, plan.entries, ("something [odd] was found",))
     assert plan_table(noted, 80).splitlines()[-1] == "Note: something [odd] was found"
+
+
+# ---- the picture
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+class Heads(nn.Module):
+    """Two heads, and a layer that embeds a time."""
+
+    @nn.compact
+    def __call__(self, x, time):
+        t = nn.Dense(16, name="time")(time)
+        x = nn.Dense(16, name="stem")(x)
+        for _ in range(3):
+            x = x + nn.Dense(16)(nn.relu(nn.Dense(16)(x) + nn.Dense(16)(t)))
+        return nn.Dense(10, name="classes")(x), nn.Dense(4, name="boxes")(x)
+
+
+class Body(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = x + nn.MultiHeadDotProductAttention(2, name="attention")(nn.LayerNorm()(x))
+        return x + nn.Dense(8, name="down")(nn.gelu(nn.Dense(16, name="up")(nn.LayerNorm()(x)))), None
+
+
+class Scanned(nn.Module):
+    """Two stacks of blocks, each a scan."""
+
+    @nn.compact
+    def __call__(self, x):
+        for k in range(2):
+            stack = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=12)
+            x, _ = stack(name=f"stack_{k}")(x, None)
+        return nn.Dense(3, name="head")(x)
+
+
+class Deep(nn.Module):
+    """Branches of many equal layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            y = x
+            for _ in range(9):
+                y = nn.Dense(8)(nn.relu(y))
+            x = x + y
+        return x
+
+
+class Long(nn.Module):
+    """Names that no box has room for."""
+
+    @nn.compact
+    def __call__(self, x):
+        name = "ein_sehr_langer_Name_" * 6
+        return x + nn.Dense(8, name=f"{name}b")(nn.relu(nn.Dense(8, name=name + "語" * 20)(x)))
+
+
+ROW = jax.ShapeDtypeStruct((2, 8), jnp.float32)
+PICTURED = {
+    "mlp4": lambda: (Mlp(4), ROW),
+    "mlp300": lambda: (Mlp(300), ROW),
+    "resnet20": lambda: (cifar_resnet(20, norm="batch"), X),
+    "resnet50": lambda: (imagenet_resnet(50, norm="fixup"), jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)),
+    "resnet302": lambda: (cifar_resnet(302, norm="fixup"), X),
+    "decoder40": lambda: (Decoder(40), jax.ShapeDtypeStruct((2, 5), jnp.int32)),
+    "heads": lambda: (Heads(), ROW, ROW),
+    "scanned": lambda: (Scanned(), jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)),
+    "deep": lambda: (Deep(), ROW),
+    "long": lambda: (Long(), ROW),
+    "two": lambda: (Two(), ROW),
+}
+
+
+@functools.cache
+def pictured(name):
+    model, *inputs = PICTURED[name]()
+    structure = fi.structure(model, *inputs)
+    return structure, fi.plan(model, *inputs, scheme=fi.Fixup(head=None))
+
+
+def texts_of(mark):
+    return mark.texts if isinstance(mark, Box) else (mark,) if isinstance(mark, Text) else ()
+
+
+def words_of(picture):
+    return [("".join(t for t, _ in text.parts)) for mark in picture.marks for text in texts_of(mark)]
+
+
+def kinds_of(picture):
+    return Counter(mark.kind for mark in picture.marks if not isinstance(mark, Text))
+
+
+def titles_of(picture):
+    return [mark.title for mark in picture.marks if isinstance(mark, Box | Node) and mark.title]
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("name", PICTURED)
+def test_a_picture_shows_every_layer(name, planned):
+    structure, plan = pictured(name)
+    picture = lay_out(structure, plan if planned else None)
+    said = titles_of(picture)
+    layers = {x.path for x in structure.layers}
+    folded = {q for q in layers if not any(q in title for title in said)}
+    assert all(re.search(r"\d", q) for q in folded)  # only numbers are folded
+    # What is in no title was folded into one: each of these stands for as many layers as it says.
+    counted = sum(int(n) for title in said for n in re.findall(r" \((\d+) layers\)", title.splitlines()[0]))
+    alone = sum(title.splitlines()[0] in layers for title in said)
+    terms = {q for u in structure.undecided for term in u.terms for q in term}
+    assert counted + alone == len(layers - terms) and len(folded) <= counted
+    assert picture.width <= 900 and picture.height < 2400
+
+
+@pytest.mark.parametrize("name", PICTURED)
+def test_a_picture_is_xml_that_stands_alone(name):
+    structure, plan = pictured(name)
+    text = svg(structure, plan)
+    root = ET.fromstring(text)
+    assert root.tag == f"{SVG}svg" and root.get("role") == "img" and structure.name in root.get("aria-label")
+    assert "id=" not in text and not re.search(r"href|url\(|@import|<script", text)
+    assert len(text.encode()) < 40_000
+    assert structure._repr_html_() == svg(structure)
+
+
+@functools.cache
+def font(name):
+    from matplotlib import get_data_path
+    from matplotlib.ft2font import FT2Font
+
+    return FT2Font(f"{get_data_path()}/fonts/ttf/{name}.ttf")
+
+
+def measured(text):
+    """The width of a text in DejaVu, of which no character is narrower than in the usual fonts."""
+    from matplotlib.ft2font import LoadFlags
+
+    width = 0.0
+    for part, style in text.parts:
+        face = font({"m": "DejaVuSansMono"}.get(style, "DejaVuSans-Bold" if style in {"b", "t", "n"} else "DejaVuSans"))
+        face.set_size({"q": 11.5, "m": 12, "t": 17, "s": 9, "n": 15}.get(style, 12.5), 72)
+        width += sum(face.load_char(ord(c), flags=LoadFlags.NO_HINTING).linearHoriAdvance for c in part) / 65536
+    return width
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("name", [n for n in PICTURED if n != "long"])
+def test_texts_fit_their_boxes(name, planned):
+    structure, plan = pictured(name)
+    structure = dataclasses.replace(structure, name=structure.name * 40, unruled=("a_long_name_of_an_operation",) * 40)
+    picture = lay_out(structure, plan if planned else None)
+    for mark in picture.marks:
+        left, right = (mark.x, mark.x + mark.width) if isinstance(mark, Box) else (0, picture.width)
+        for text in texts_of(mark):
+            width = measured(text)
+            start = text.x - width * {"start": 0, "middle": 0.5, "end": 1}[text.anchor]
+            assert width <= text.room and left <= start and start + width <= right, text
+        rows = Counter(text.y for text in texts_of(mark) if text.anchor == "start")
+        for y in rows:  # side by side
+            row = sorted((t for t in texts_of(mark) if t.y == y), key=lambda t: t.x)
+            assert all(a.x + measured(a) <= b.x for a, b in itertools.pairwise(row))
+
+
+def test_repeats_are_bracketed():
+    words = words_of(lay_out(pictured("resnet302")[0]))
+    assert [w for w in words if w.startswith("× ")] == ["× 50", "× 49", "× 49"]
+    assert [w.split("  ")[0] for w in words if w.startswith("branch")] == [
+        "branches 1–50", "branch 51", "branches 52–100", "branch 101", "branches 102–150",
+    ]  # fmt: skip
+    words = words_of(lay_out(pictured("scanned")[0]))
+    assert [w for w in words if w in ("× 2", "× 12", "scan")] == ["× 2", "× 12", "scan"]
+    assert "× 9" in words_of(lay_out(pictured("deep")[0]))  # within a branch
+    # What a plan draws in other ways is drawn apart.
+    assert "× 8" in words_of(lay_out(*pictured("deep"))) and "zero" in words_of(lay_out(*pictured("deep")))
+    structure, plan = pictured("resnet302")
+    words = words_of(lay_out(structure, plan.override("layer1_3/conv1/kernel", std=0.5)))
+    assert [w for w in words if w.startswith("× ")] == ["× 3", "× 46", "× 49", "× 49"] and "std 0.5" in words
+
+
+def test_roles_skips_and_heads_are_marked():
+    picture = lay_out(*pictured("decoder40"))
+    kinds = kinds_of(picture)
+    assert kinds["layer control"] == 2 and kinds["layer value"] == 4 and kinds["sum"] == 2
+    assert "query  control" in words_of(picture)
+    picture = lay_out(*pictured("resnet50"))
+    kinds = kinds_of(picture)
+    assert kinds["layer shortcut"] == 4 and kinds["product"] == kinds["sum"] == 8
+    assert any("layer2_0/downsample/kernel" in title and "shortcut" in title for title in titles_of(picture))
+    assert "std 0.0884 = He × L−1/4" in words_of(picture) and words_of(picture).count("zero") == 8
+    assert kinds_of(lay_out(pictured("resnet20")[0]))["pill"] == 2
+    assert "order D = 0 (2 without norms)" in " ".join(words_of(lay_out(pictured("resnet20")[0])))
+    picture = lay_out(pictured("heads")[0])
+    assert words_of(picture).count("head") == 2 and "output" not in words_of(picture)
+    assert words_of(picture).count("beside") == 1 and "boxes/kernel" in words_of(picture)
+
+
+class Nested(nn.Module):
+    """Branches around branches."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            y = x
+            for _ in range(3):
+                y = y + nn.Dense(8)(nn.relu(nn.Dense(16)(y)))
+            x = x + nn.Dense(8)(y)
+        return x
+
+
+def test_a_branch_within_a_branch_is_drawn_once():
+    structure = fi.structure(Nested(), ROW)
+    assert [len(b.weights) for b in structure.branches] == [2, 2, 2, 7] * 2
+    picture = lay_out(structure)
+    kinds = kinds_of(picture)
+    # Three branches of two layers, then one around them with a layer of its own.
+    assert kinds["layer value"] == 7 and kinds["layer other"] == 1 and kinds["sum"] == 4
+    assert "branches 1–3, 5–7  drawn by themselves" in words_of(picture)
+
+
+def test_a_role_that_is_not_known_is_shown():
+    structure, _ = pictured("decoder40")
+    b = structure.branches[0]
+    odd = dataclasses.replace(b, roles={q: "odd" for q in b.roles})
+    picture = lay_out(dataclasses.replace(structure, branches=(odd, *structure.branches[1:])))
+    assert {"odd", "query … out  odd"} <= set(words_of(picture))
+    assert any(title.startswith("MultiHeadDotProductAttention_0/query/kernel, ") for title in titles_of(picture))
+
+
+def test_what_is_undecided_stands_in_the_picture():
+    structure, _ = pictured("two")
+    picture = lay_out(structure)
+    assert [m.kind for m in picture.marks if isinstance(m, Node)] == ["undecided"]
+    words = " ".join(words_of(picture))
+    assert "undecided head  output 0 2 weight layers feed the output" in words and "Dense_1/kernel" in words
+    structure, _ = pictured("mlp300")
+    paths = [x.path for x in structure.layers]
+    open_ = tuple(Undecided("sum", f"Mlp/{k}", ((paths[k],), (paths[k + 1],)), "why") for k in range(100, 200, 2))
+    picture = lay_out(dataclasses.replace(structure, undecided=open_))
+    assert [m.kind for m in picture.marks if isinstance(m, Node)] == ["undecided"]
+    assert [w for w in words_of(picture) if w.startswith("× ")] == ["× 99", "× 50", "× 99"]
+
+
+def test_names_are_no_markup_in_a_picture():
+    structure, plan = pictured("resnet20")
+    structure = dataclasses.replace(structure, name="</svg><script>&\x00\ud800")
+    root = ET.fromstring(svg(structure, plan))
+    assert "".join(root.find(f"{SVG}text").itertext()) == "</svg><script>&\ufffd\ufffd"
 
 
 # ---- propagation tables
@@ -531,3 +786,40 @@ def test_screenshot(browse, tmp_path, theme):
     assert (
         len({tuple(c) for c in (picture[::7, ::7].reshape(-1, 3) * 15).round().tolist()}) > 12
     )  # lines of every colour
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_picture_in_a_browser(browse, tmp_path, theme):
+    structure, plan = pictured("decoder40")
+    text = structure_html(structure, plan, title=EVIL)
+    assert "default-src 'none'" in text and "<script" not in text.replace("<script>window.evil", "")
+    script = """
+    const over = [...document.querySelectorAll("svg g")].filter((g) => g.querySelector("rect")).flatMap((g) => {
+      const box = g.querySelector("rect").getBoundingClientRect();
+      return [...g.querySelectorAll("text")].filter((t) => {
+        const r = t.getBoundingClientRect();
+        return r.left < box.left || r.right > box.right || r.top < box.top || r.bottom > box.bottom;
+      }).map((t) => t.textContent);
+    });
+    const seen = document.createElement("pre");
+    seen.id = "seen";
+    seen.textContent = JSON.stringify({
+      over, boxes: document.querySelectorAll("svg rect").length, evil: window.evil ?? null,
+      colour: getComputedStyle(document.querySelector("svg text")).fill,
+      plan: document.body.textContent.includes("Plan fixup"),
+    });
+    document.body.append(seen);
+    """
+    # The page's own policy forbids scripts; this one measures.
+    open_ = text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    setting = f"--blink-settings=preferredColorScheme={int(theme == 'light')}"
+    found = seen(browse(open_, "--dump-dom", setting, script=script))
+    assert found["over"] == [] and found["boxes"] > 10 and found["evil"] is None and found["plan"]
+    assert found["colour"] == {"light": "rgb(27, 31, 36)", "dark": "rgb(231, 234, 238)"}[theme]
+    shot = tmp_path / "shot.png"
+    browse(text, f"--screenshot={shot}", setting)
+    from matplotlib.image import imread
+
+    picture = imread(shot)[..., :3]
+    assert (picture[2, 2].mean() > 0.9) == (theme == "light")
+    assert len({tuple(c) for c in (picture[::3, ::3].reshape(-1, 3) * 31).round().tolist()}) > 8

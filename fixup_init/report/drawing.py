@@ -7,6 +7,7 @@ hues over the ground and texts in the colour of the page, so that it reads on li
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import unicodedata
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -140,13 +141,16 @@ class _Bracket:
     level: int
 
 
-def _parts(structure: Structure, plan: Mapping[str, Entry]) -> tuple[list[_Part], list[_Bracket]]:
+_Within = dict[frozenset[str], list[Item]]
+
+
+def _parts(structure: Structure, plan: Mapping[str, Entry], within: _Within) -> tuple[list[_Part], list[_Bracket]]:
     found = _sequence(structure)
     layers = by_path(structure)
     parts: list[_Part] = []
     folds: list[_Bracket] = []
     run_of: list[int] = []
-    for k, run in enumerate(fold([_key(x, layers, plan) for x in found])):
+    for k, run in enumerate(fold([_key(x, layers, plan, within) for x in found])):
         first = len(parts)
         parts += [_Part(tuple(found[run.start + k : run.stop : run.period])) for k in range(run.period)]
         run_of += [k if run.count > 1 else -1] * run.period
@@ -190,13 +194,16 @@ def _sequence(structure: Structure) -> list[Item | Undecided]:
     return [item for _, item in sorted(found, key=lambda f: f[0])]
 
 
-def _key(item: Item | Undecided, layers: Mapping[str, LayerInfo], plan: Mapping[str, Entry]) -> Hashable:
-    """What folding compares: the item, and what the plan gives to its parameters."""
+def _key(
+    item: Item | Undecided, layers: Mapping[str, LayerInfo], plan: Mapping[str, Entry], within: _Within
+) -> Hashable:
+    """What folding compares: the item, what lies within it, and what the plan gives to its parameters."""
     if isinstance(item, Undecided):
         terms = tuple(tuple((layer_words(layers[q]), _entry_key(plan.get(q))) for q in term) for term in item.terms)
         return item.what, re.sub(r"\d+", "0", item.why), terms
     paths = item.paths + ((*item.branch.skip_weights, *item.branch.closing) if item.branch else ())
-    return item.key, tuple(_entry_key(plan.get(q)) for q in paths)
+    covered = _covered(item, within) if item.branch else ()
+    return item.key, tuple(q in covered for q in item.paths), tuple(_entry_key(plan.get(q)) for q in paths)
 
 
 def _entry_key(entry: Entry | None) -> Hashable:
@@ -298,6 +305,7 @@ _WIDTH, _NARROW_WIDTH = 900.0, 730.0  # with a plan, without
 _MARGIN = 16.0
 _ROW, _GAP = 24.0, 11.0
 _RADIUS = 9.0  # of a sum
+_ONLY = "(the parameter)"  # of a model whose parameters are one array
 _ROLES = {
     "value": "a factor of the branch",
     "control": "steers the branch from beside",
@@ -315,7 +323,8 @@ class _Pen:
         self.scheme = plan.scheme if plan is not None else None
         self.layers = by_path(structure)
         self.roles = {q.path: q.role for q in structure.parameters}
-        self.parts, self.brackets = _parts(structure, self.plan)
+        self.within = _within(list(outline(structure)))
+        self.parts, self.brackets = _parts(structure, self.plan, self.within)
         self.marks: list[Box | Path | Node | Text] = []
         branches = structure.branches
         skips = any(b.skip_weights for b in branches)
@@ -479,7 +488,7 @@ class _Pen:
         y = self.y + 19.5
         texts = (
             _text(x + 12, y, name - x - 18, (place, "b")),
-            _text(name, y, self.kind - name - 8, (merged(paths), "m")),
+            _text(name, y, self.kind - name - 8, (merged(paths) or _ONLY, "m")),
             *self._columns(paths, y, layer),
         )
         return Box(x, self.y, self.right - x, 30, "bar", self._about(paths, ""), texts)
@@ -533,7 +542,35 @@ class _Pen:
         self.y = total + _RADIUS
 
     def _runs(self, b: Branch) -> list[Run]:
-        return layer_runs(b, self.layers, lambda path: _entry_key(self.plan.get(path)))
+        """The weights of a branch, folded; those of branches within it are one run."""
+        covered = _covered(b, self.within)
+        runs = []
+        for inside, group in itertools.groupby(range(len(b.weights)), key=lambda k: b.weights[k] in covered):
+            own = list(group)
+            part = dataclasses.replace(b, weights=b.weights[own[0] : own[-1] + 1])
+            found = layer_runs(part, self.layers, lambda path: _entry_key(self.plan.get(path)))
+            found = [Run(0, len(own), 1)] if inside else found
+            runs += [dataclasses.replace(run, start=run.start + own[0]) for run in found]
+        return runs
+
+    def _reference(self, items: Sequence[Item], x: float, y: float, run: Run) -> Box:
+        """In the place of branches within a branch, which are drawn on their own."""
+        texts = []
+        for item in items:
+            weights = set(item.paths[run.start : run.stop])
+            at = [w for w in self.within[_weights(item)] if weights.intersection(w.paths)]
+            texts.append(f"{at[0].first}–{at[-1].last}" if at[0].first < at[-1].last else f"{at[0].first}")
+        several = len(texts) > 1 or "–" in texts[0]
+        words = f"branch{'es' * several} {', '.join(texts[:2])}{f' … {texts[-1]}' * (len(texts) > 2)}"
+        text = _text(
+            x + 12,
+            y + 16.5,
+            self.inside - x - 24,
+            (words, "b"),
+            (f"  drawn by {'themselves' if several else 'itself'}", "q"),
+        )
+        about = f"Within this branch, with sums of their own: {words}."
+        return Box(x, y, self.inside - x, _ROW, "layer other", about, (text,))
 
     def _more_facts(self, b: Branch) -> str:
         facts = [f"{b.skip} skip"] + [plural(b.norms, "norm")] * bool(b.norms)
@@ -546,12 +583,19 @@ class _Pen:
         marks: list[Box | Path | Node | Text] = []
         names = [names_within(i.paths, common_home(i.paths)) for i in items]
         # Value layers that are more than the branch is deep cannot all be in series: then all stand beside the line.
-        series = sum(_role(b, q) == "value" for q in dict.fromkeys(b.weights)) <= b.depth
+        own = [q for q in dict.fromkeys(b.weights) if q not in _covered(items[0], self.within)]
+        series = sum(_role(b, q) == "value" for q in own) <= b.depth
         for run in self._runs(b):
+            if b.weights[run.start] in _covered(items[0], self.within):
+                x = line - 12 if series else line + 14
+                marks += [] if series else [Path(((line, y + _ROW / 2), (x, y + _ROW / 2)), "line")]
+                marks.append(self._reference(items, x, y, run))
+                y += _ROW + _GAP
+                continue
             top = y
             for k in range(run.start, run.start + run.period):
                 paths = [q for i in items for q in i.paths[k : run.stop : run.period]]
-                name = merged(n for own in names for n in own[k : run.stop : run.period]) or merged(paths)
+                name = merged(n for own in names for n in own[k : run.stop : run.period]) or merged(paths) or _ONLY
                 role = _role(b, b.weights[k])
                 x = line - 12 if role == "value" and series else line + 14
                 if x > line:
@@ -678,12 +722,38 @@ class _Pen:
         return rows if more <= 0 else [*rows[:at_most], (f"and {more} more", ())]
 
 
+def _weights(b: Branch | Item) -> frozenset[str]:
+    return frozenset(b.weights if isinstance(b, Branch) else b.paths)
+
+
+def _covered(b: Branch | Item, within: _Within) -> set[str]:
+    """The weights of a branch that belong to branches within it."""
+    return {q for item in within.get(_weights(b), ()) for q in item.paths}
+
+
+def _within(items: Sequence[Item]) -> _Within:
+    """Branches within branches, by the weights of the outer one: their weights are some of its weights, not all."""
+    found = [i for i in items if i.branch is not None]
+    users: dict[str, list[Item]] = {}
+    for item in found:
+        for path in set(item.paths):
+            users.setdefault(path, []).append(item)
+    within = {}
+    for item in found:
+        mine = _weights(item)
+        others = {o.first: o for path in mine for o in users[path]}
+        inner = [o for _, o in sorted(others.items()) if _weights(o) < mine]
+        if inner:
+            within[mine] = inner
+    return within
+
+
 def _named(paths: Iterable[str]) -> str:
     """All paths; those that differ in numbers only are one."""
     alike: dict[str, list[str]] = {}
     for path in paths:
         alike.setdefault(re.sub(r"\d+", "0", path), []).append(path)
-    return ", ".join(map(merged, alike.values()))
+    return ", ".join(map(merged, alike.values())) or _ONLY
 
 
 def _on(mark: Box | Node, line: float) -> bool:
@@ -733,6 +803,7 @@ _CSS = """
 .fi .control{stroke:#b8609a;fill:#b8609a;fill-opacity:.17}
 .fi .gate{stroke:#b08a00;fill:#b08a00;fill-opacity:.2}
 .fi .shortcut{stroke:#2aa583;fill:#2aa583;fill-opacity:.17}
+.fi .other{stroke-opacity:.6;fill:currentColor;fill-opacity:.06;stroke-dasharray:4 3}
 .fi .warning,.fi .undecided{stroke:#e0602a;fill:#e0602a;fill-opacity:.14;stroke-width:1.8}
 .fi g:hover>rect{stroke-width:2.4}
 """

@@ -37,6 +37,8 @@ def rest(parameter: Parameter) -> Entry:
             return as_model(parameter, "additive table over positions: the model's own")
         case "gain":
             return as_model(parameter, "makes a kernel together with others: the model's own")
+        case "factor":
+            return as_model(parameter, "one factor of a kernel that is a product of parameters: the model's own")
         case "unused":
             return as_model(parameter, "reaches no output: the model's own")
         case _:

@@ -13,6 +13,8 @@ normalization: the zero goes to the last parameter of the branch that multiplies
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Literal
 
 from fixup_init.plan import Entry, Plan, as_model, constant
 from fixup_init.schemes.base import rest
@@ -49,14 +51,15 @@ class Fixup:
       base: the variance of a layer before Fixup's factor; the paper's is He with fan_out.
       head: "auto" zeroes the layers that outputs come from; a path names the head; None leaves it as any other layer.
       tied: what to do with a kernel that different branches claim in different ways: "error" or "first".
-      undecided: what to do with sums that the graph leaves open: "error" or "ignore".
+      undecided: what to do with sums that the graph leaves open: "error", "ignore" (they are no residuals), or decisions
+        such as {"sum 1": 0}, by which term 0 is the skip (see `Structure.settle`).
       scalar_rate: what the learning rate of biases and multipliers is multiplied by.
     """
 
     base: Variance = dataclasses.field(default_factory=lambda: he("fan_out"))
     head: str | None = "auto"
     tied: str = "error"
-    undecided: str = "error"
+    undecided: Literal["error", "ignore"] | Mapping[str, int | None] = "error"
     scalar_rate: float = 0.1
 
     @property
@@ -64,6 +67,8 @@ class Fixup:
         return "fixup"
 
     def plan(self, structure: Structure) -> Plan:
+        if not isinstance(self.undecided, str):
+            structure = structure.settle(self.undecided)
         parameters = {q.path: q for q in structure.parameters}
         heads = self._heads(structure, parameters)
         self._refuse_undecided(structure)
@@ -142,7 +147,9 @@ class Fixup:
         for k, path in enumerate(factors):
             q = parameters[path]
             place = f"{where}, layer {k + 1} of {len(factors)}: "
-            if q.role != "kernel" or branch.shares[path] < 1:
+            if q.role not in ("kernel", "factor") or branch.shares[path] < 1:
+                continue
+            if q.role == "factor" and path not in branch.last:
                 continue
             if path in branch.last:
                 entries.append(constant(q, 0.0, f"{place}last, zero"))
@@ -187,6 +194,7 @@ class Fixup:
             if u.what == "sum" and self.undecided != "ignore":
                 terms = " + ".join("(" + (", ".join(t) or "no weights") + ")" for t in u.terms)
                 raise StructureError(
-                    f"The sum in {u.where or structure.name} cannot be decided: {u.why}: {terms}. "
-                    'fi.Fixup(undecided="ignore") treats it as no residual.'
+                    f"{u.name!r} in {u.where or structure.name} cannot be decided: {u.why}: {terms}. Say which term is "
+                    f"the skip, scheme=fi.Fixup(undecided={{{u.name!r}: 0}}) for the first, or that it is no residual, "
+                    f"{{{u.name!r}: None}}."
                 )

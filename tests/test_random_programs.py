@@ -1,0 +1,940 @@
+"""Random residual programs whose structure is known by construction, and that it is found exactly.
+
+A program is a chain of steps, and a branch of a residual step is a chain again. `Run` executes it in plain JAX;
+`Walk` works out the structure from the same steps, without a graph. Left out are sums that the rules read in
+another way than they were written: a branch that ends in a bare sum is part of the sum that it enters, `x + t (h - x)`
+is a residual of branch `t (h - x)`, `y + d u` with a parameter d is no stream inside a branch, and a projection must
+have fewer weights than what lies beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import HealthCheck, assume, given, note, settings
+from hypothesis import strategies as st
+
+import fixup_init as fi
+
+INPUTS = (
+    jax.ShapeDtypeStruct((2, 8, 8), jnp.float32),  # the stream: batch, tokens, features
+    jax.ShapeDtypeStruct((2, 4), jnp.float32),  # a time, to condition on
+    jax.ShapeDtypeStruct((2, 5, 6), jnp.float32),  # a memory, to attend to
+    jax.eval_shape(lambda: jax.random.key(0)),
+)
+
+# What is generated but read otherwise by the library today, by tag of `open_questions`.
+OPEN = frozenset({
+    "a source as it is",
+    "another source at the end of a branch",
+    "formula at the end of a branch",
+    "hard_tanh",
+    "loop in a branch",
+    "norm of a sigmoid",
+    "projection beside a branch that does not vanish with its start",
+    "scale and shift by one source",
+    "sum of a residual and another source",
+    "sum with a difference",
+    "two layers of another source",
+})  # fmt: skip
+
+
+def step(cls: type) -> Any:
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+@step
+class Dense:
+    form: str = "matmul"  # or einsum, left (the kernel is the left operand), conv, conv3
+    bias: bool = False
+    kernel: str = "plain"  # or halved, standardized
+    width: int = 8
+
+
+@step
+class Act:
+    name: str
+
+
+@step
+class Norm:
+    form: str
+    affine: bool = True
+
+
+@step
+class Gated:
+    """act(W1 y) * (W2 y), then W3."""
+
+    act: str = "silu"
+    width: int = 8
+
+
+@step
+class Glu:
+    """One layer, split in two, one half gating the other."""
+
+    width: int = 8
+
+
+@step
+class Attention:
+    source: str = "self"  # or memory
+    softmax: bool = True
+    norms: bool = False
+    causal: bool = False
+    rotary: bool = False
+    width: int = 8
+
+
+@step
+class SqueezeExcite:
+    pass
+
+
+@step
+class Mask:
+    form: str  # select, product
+
+
+@step
+class Mix:
+    """The mean over tokens at every token."""
+
+
+@step
+class Condition:
+    """y + b, y (1 + s) + b or y s + b, where s and b are layers of the time or its embedding; or the time as it is."""
+
+    form: str = "add"  # film, scale, raw
+    source: str = "time"  # hidden (a layer and silu in front, in place), embedding (shared by the program)
+
+
+@step
+class Position:
+    """An additive table of parameters."""
+
+
+@step
+class Decoy:
+    kind: str
+
+
+@step
+class Residual:
+    """Branches and a skip, summed."""
+
+    branches: tuple[tuple[Any, ...], ...]
+    skip: str = "identity"  # projection, flip, pad, pool
+    factors: tuple[str, ...] = ()  # of the branches: none, constant, scalar, vector
+    shared: tuple[Any, ...] = ()  # weightless steps in front of all branches
+    at: int = 0  # place of the skip among the terms
+    skip_first: bool = True  # evaluated before the branches
+    skip_factor: str = "none"
+    minus: int = 0  # the term that is subtracted, none if 0
+    scaled: bool = False  # the sum is divided by sqrt(2)
+    call: str = "plain"  # jit, remat
+
+
+@step
+class Scan:
+    steps: tuple[Any, ...]
+    length: int
+
+
+@step
+class Reuse:
+    """The same steps with the same parameters again."""
+
+    steps: tuple[Any, ...]
+    times: int
+
+
+@step
+class Net:
+    steps: tuple[Any, ...]
+    stem: bool = True
+    head: str = "dense"  # none, pooled
+    memory: tuple[Any, ...] = ()  # what encodes the memory
+
+
+SETS_WIDTH = (Dense, Gated, Glu, Attention)
+# What an activation makes of the order of its argument.
+ACTS: dict[str, tuple[Any, Any]] = {
+    "relu": (jax.nn.relu, lambda d: d),
+    "gelu": (jax.nn.gelu, lambda d: d),
+    "erf_gelu": (lambda x: jax.nn.gelu(x, approximate=False), lambda d: d),
+    "silu": (jax.nn.silu, lambda d: d),
+    "tanh": (jnp.tanh, lambda d: d),
+    "elu": (jax.nn.elu, lambda d: d),
+    "leaky_relu": (jax.nn.leaky_relu, lambda d: d),
+    "relu6": (jax.nn.relu6, lambda d: d),
+    "hard_tanh": (jax.nn.hard_tanh, lambda d: d),
+    "mish": (jax.nn.mish, lambda d: d),
+    "soft_sign": (jax.nn.soft_sign, lambda d: d),
+    "hard_swish": (jax.nn.hard_swish, lambda d: d),
+    "squareplus": (jax.nn.squareplus, lambda d: 0.0),
+    "squared_relu": (lambda x: jnp.square(jax.nn.relu(x)), lambda d: 2 * d),
+    "cubic": (lambda x: x + 0.04 * x**3, lambda d: d),
+    "sigmoid": (jax.nn.sigmoid, lambda d: 0.0),
+    "softplus": (jax.nn.softplus, lambda d: 0.0),
+    "softmax": (jax.nn.softmax, lambda d: 0.0),
+}
+
+
+class Run:
+    """Runs a program: first to learn the shapes of its parameters, then on them."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.spans: dict[Any, tuple[int, int]] = {}  # parameters of a scan: end by start and body
+        self.lengths: list[int] = []
+        self.leaves: dict[str, Any] | None = None
+        self.taken = (0, 0)
+        jax.eval_shape(lambda *a: self(None, *a), *INPUTS)
+
+    def function(self) -> fi.Function:
+        return fi.Function(self, {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in self.shapes.items()})
+
+    def __call__(self, leaves: dict[str, Any] | None, x: Any, time: Any, memory: Any, key: Any) -> Any:
+        self.leaves, self.taken, self.time, self.memory, self.key = leaves, (0, 0), time, memory, key
+        if uses_embedding(self.net):
+            self.embedding = jax.nn.silu(self.layer(time, 8, bias=True))
+        self.memory = self.steps(self.net.memory, memory)
+        if self.net.stem:
+            x = self.layer(x, 8, bias=True)
+        x = self.steps(self.net.steps, x)
+        if self.net.head == "pooled":
+            x = x.mean(1)
+        return x if self.net.head == "none" else self.layer(x, 3)
+
+    def take(self, shape: tuple[int, ...], kernel: bool = False) -> Any:
+        weights, others = self.taken
+        name = f"w{weights:03}" if kernel else f"p{others:03}"
+        self.taken = (weights + kernel, others + (not kernel))
+        if self.leaves is not None:
+            return self.leaves[name]
+        self.shapes.setdefault(name, (*self.lengths, *shape))
+        return jnp.zeros(shape)
+
+    def layer(self, x: Any, width: int, bias: bool = False, form: str = "matmul", kernel: str = "plain") -> Any:
+        n = x.shape[-1]
+        conv = form.startswith("conv") and x.ndim == 3
+        shape = ((3,) if form == "conv3" else (1,)) + (n, width) if conv else (n, width)
+        w = self.take(shape[::-1] if form == "left" else shape, kernel=True)
+        if kernel == "halved":
+            w = w * 0.5
+        elif kernel == "standardized":
+            axes = tuple(range(w.ndim - 1))
+            w = (w - w.mean(axes)) * jax.lax.rsqrt(w.var(axes) + 1e-4) * self.take(w.shape[-1:])
+        if conv:
+            y = jax.lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+        elif form == "einsum":
+            y = jnp.einsum("...i,io->...o", x, w)
+        elif form == "left":
+            y = jnp.moveaxis(jnp.tensordot(w, x, ((1,), (x.ndim - 1,))), 0, -1)
+        else:
+            y = x @ w
+        return y + self.take((width,)) if bias else y
+
+    def steps(self, steps: Iterable[Any], x: Any, width: int | None = None) -> Any:
+        """Runs a chain; `width` is that of its result, where given."""
+        steps = tuple(steps)
+        last = max((k for k, s in enumerate(steps) if isinstance(s, SETS_WIDTH)), default=None)
+        for k, s in enumerate(steps):
+            if width is not None and k == last:
+                s = dataclasses.replace(s, width=width)
+            x = getattr(self, f"run_{type(s).__name__}")(s, x)
+        return x
+
+    def run_Dense(self, s: Dense, x: Any) -> Any:
+        return self.layer(x, s.width, s.bias, s.form, s.kernel)
+
+    def run_Act(self, s: Act, x: Any) -> Any:
+        return ACTS[s.name][0](x)
+
+    def run_Norm(self, s: Norm, x: Any) -> Any:
+        axes = {"instance": (1,), "batch": (0, 1)}.get(s.form, (-1,))
+        if s.form == "rms":
+            x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+        elif s.form == "l2":
+            x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        elif s.form == "two_pass":
+            mean = x.mean(-1, keepdims=True)
+            x = (x - mean) / jnp.sqrt((x**2).mean(-1, keepdims=True) - mean**2 + 1e-6)
+        elif s.form == "std":
+            x = (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True) + 1e-5)
+        else:  # layer, instance, batch
+            mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+            x = (x - mean) * jax.lax.rsqrt(variance + 1e-5)
+        if s.affine:
+            x = x * self.take(x.shape[-1:]) + self.take(x.shape[-1:])
+        return x
+
+    def run_Gated(self, s: Gated, x: Any) -> Any:
+        gate = ACTS[s.act][0](self.layer(x, 12))
+        return self.layer(gate * self.layer(x, 12), s.width)
+
+    def run_Glu(self, s: Glu, x: Any) -> Any:
+        a, b = jnp.split(self.layer(x, 2 * s.width, bias=True), 2, -1)
+        return a * jax.nn.sigmoid(b)
+
+    def run_Attention(self, s: Attention, x: Any) -> Any:
+        def rotate(y: Any) -> Any:
+            angle = jnp.arange(y.shape[1])[:, None] * jnp.ones(4)
+            a, b = jnp.split(y, 2, -1)
+            cos, sin = jnp.cos(angle), jnp.sin(angle)
+            return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+        source = x if s.source == "self" else self.memory
+        q, k, v = self.layer(x, 8), self.layer(source, 8), self.layer(source, 8)
+        if s.norms:
+            q, k = self.run_Norm(Norm("rms"), q), self.run_Norm(Norm("rms"), k)
+        if s.rotary:
+            q, k = rotate(q), rotate(k)
+        scores = jnp.einsum("bqd,bkd->bqk", q, k) / 8**0.5
+        if s.causal:
+            scores = jnp.where(jnp.tri(*scores.shape[1:], dtype=bool), scores, -1e9 if s.softmax else 0.0)
+        if s.softmax:
+            scores = jax.nn.softmax(scores)
+        return self.layer(jnp.einsum("bqk,bkd->bqd", scores, v), s.width)
+
+    def run_SqueezeExcite(self, s: SqueezeExcite, x: Any) -> Any:
+        y = jax.nn.relu(self.layer(x.mean(1), 4, bias=True))
+        return x * jax.nn.sigmoid(self.layer(y, x.shape[-1], bias=True))[:, None]
+
+    def run_Mask(self, s: Mask, x: Any) -> Any:
+        keep = jax.random.bernoulli(self.key, 0.8, x.shape)
+        return jnp.where(keep, x / 0.8, 0.0) if s.form == "select" else x * keep / 0.8
+
+    def run_Mix(self, s: Mix, x: Any) -> Any:
+        return jnp.broadcast_to(x.mean(1, keepdims=True), x.shape)
+
+    def run_Condition(self, s: Condition, x: Any) -> Any:
+        width = x.shape[-1]
+        if s.form == "raw":
+            return x + self.time.mean(-1)[:, None, None]
+        c = self.embedding if s.source == "embedding" else self.time
+        if s.source == "hidden":
+            c = jax.nn.silu(self.layer(c, 8, bias=True))
+        if s.form != "add":
+            factor = self.layer(c, width, bias=True)[:, None]
+            x = x * (1 + factor) if s.form == "film" else x * factor
+        return x + self.layer(c, width)[:, None]
+
+    def run_Position(self, s: Position, x: Any) -> Any:
+        return x + self.take(x.shape[1:])
+
+    def run_Decoy(self, s: Decoy, x: Any) -> Any:
+        n = x.shape[-1]
+        if s.kind == "parallel":
+            return self.layer(x, n) + self.layer(x, n)
+        if s.kind == "gate":
+            t = jax.nn.sigmoid(self.layer(x, n, bias=True))
+            return t * jax.nn.relu(self.layer(x, n)) + (1 - t) * x
+        if s.kind == "mean_gate":
+            return x * jax.nn.sigmoid(x.mean(1, keepdims=True))
+        if s.kind == "centre":
+            return x - x.mean(-1, keepdims=True)
+        if s.kind == "sources":
+            return self.layer(x, n) + self.layer(self.time, n)[:, None]
+        if s.kind == "noise":
+            mean, logarithm = self.layer(x, n), self.layer(x, n)
+            return mean + jnp.exp(0.5 * logarithm) * jax.random.normal(self.key, mean.shape)
+        if s.kind == "concatenate":
+            return self.layer(jnp.concatenate([x, jax.nn.relu(self.layer(x, 4))], -1), n)
+        if s.kind == "experts":
+            gates = jax.nn.softmax(self.layer(x, 2))
+            return gates[..., :1] * self.layer(x, n) + gates[..., 1:] * self.layer(x, n)
+        assert s.kind == "dead"
+        _ = x + self.layer(jax.nn.relu(self.layer(x, n)), n)
+        return x
+
+    def run_Residual(self, s: Residual, x: Any) -> Any:
+        body = {"plain": lambda f: f, "jit": jax.jit, "remat": jax.checkpoint}[s.call]
+        return body(lambda x: self.residual(s, x))(x)
+
+    def residual(self, s: Residual, x: Any) -> Any:
+        width = x.shape[-1] * (2 if s.skip == "pad" else 1)
+
+        def pool(y: Any) -> Any:
+            if s.skip != "pool":
+                return y
+            return y.reshape(y.shape[0], -1, min(y.shape[1], 2), y.shape[-1]).mean(2)
+
+        def scaled(y: Any, factor: str) -> Any:
+            if factor == "none":
+                return y
+            return y * (0.5 if factor == "constant" else self.take(() if factor == "scalar" else y.shape[-1:]))
+
+        def skip() -> Any:
+            y = x[:, ::-1] if s.skip == "flip" else pool(x)
+            if s.skip == "pad":
+                y = jnp.pad(y, ((0, 0), (0, 0), (0, width - y.shape[-1])))
+            return scaled(self.layer(y, width, bias=True) if s.skip == "projection" else y, s.skip_factor)
+
+        first = skip() if s.skip_first else None
+        inner = self.steps(s.shared, x)
+        terms = [scaled(pool(self.steps(b, inner, width)), f) for b, f in zip(s.branches, s.factors, strict=True)]
+        terms.insert(s.at, first if s.skip_first else skip())
+        total = terms[0]
+        for k, term in enumerate(terms[1:], 1):
+            total = total - term if k == s.minus else total + term
+        return total / 2**0.5 if s.scaled else total
+
+    def run_Scan(self, s: Scan, x: Any) -> Any:
+        start = self.taken
+        if self.leaves is None:
+            self.lengths.append(s.length)
+            x = self.steps(s.steps, x, x.shape[-1])
+            self.lengths.pop()
+            self.spans[start, s] = self.taken
+            return x
+        outside = self.leaves
+        end = self.spans[start, s]
+        names = [f"w{k:03}" for k in range(start[0], end[0])] + [f"p{k:03}" for k in range(start[1], end[1])]
+
+        def body(x: Any, slices: dict[str, Any]) -> Any:
+            self.leaves, self.taken = {**outside, **slices}, start
+            x = self.steps(s.steps, x, x.shape[-1])
+            self.leaves = outside
+            return x, None
+
+        x, _ = jax.lax.scan(body, x, {n: outside[n] for n in names}, length=s.length)
+        return x
+
+    def run_Reuse(self, s: Reuse, x: Any) -> Any:
+        start = self.taken
+        for _ in range(s.times):
+            self.taken = start
+            x = self.steps(s.steps, x, x.shape[-1])
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A branch as it is expected."""
+
+    weights: tuple[str, ...]
+    depth: int
+    order: float
+    order_without_norms: float
+    skip: str
+    skip_weights: tuple[str, ...]
+    repeats: int
+    norms: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """What is known of a value: in each branch around it its orders and its depth, and the last layers before it."""
+
+    frames: tuple[tuple[float, float, int], ...] = ()  # (order, order without norms, depth)
+    feeds: frozenset[int] = frozenset()
+    above: frozenset[int] = frozenset()  # every layer that leads to it
+
+    def change(self, order: Any = None, free: Any = None, depth: Any = None) -> Flow:
+        same = (lambda d: d) if order is None else order
+        free = same if free is None else free
+        return dataclasses.replace(
+            self, frames=tuple((same(a), free(b), c if depth is None else depth(c)) for a, b, c in self.frames)
+        )
+
+    def opened(self) -> Flow:
+        return dataclasses.replace(self, frames=(*self.frames, (0.0, 0.0, 0)))
+
+    def closed(self) -> Flow:
+        return dataclasses.replace(self, frames=self.frames[:-1])
+
+
+def _combine(flows: Iterable[Flow], orders: Any) -> Flow:
+    flows = tuple(flows)
+    return Flow(
+        tuple(
+            (orders(f[0] for f in each), orders(f[1] for f in each), max(f[2] for f in each))
+            for each in zip(*(f.frames for f in flows), strict=True)
+        ),
+        frozenset().union(*(f.feeds for f in flows)),
+        frozenset().union(*(f.above for f in flows)),
+    )
+
+
+def total(*flows: Flow) -> Flow:
+    return _combine(flows, min)
+
+
+def product(*flows: Flow) -> Flow:
+    return _combine(flows, sum)
+
+
+class Walk:
+    """Works out the structure of a program: sums take the least order, products add them, each layer adds one."""
+
+    def __init__(self, net: Net) -> None:
+        self.names = 0
+        self.layers: list[str] = []  # in trace order, by name
+        self.norms = 0
+        self.branches: list[Found] = []
+        self.inside: set[int] = set()  # layers in branches and on skips
+        self.split: Flow | None = None  # the first
+        self.repeats = 1
+        self.muted = False
+        self.embedding = self.memory = Flow()
+        if uses_embedding(net):
+            self.embedding = self.layer(Flow())
+        self.memory = self.steps(net.memory, Flow())
+        x = self.layer(Flow()) if net.stem else Flow()
+        x = self.steps(net.steps, x)
+        if net.head != "none":
+            x = self.layer(x)
+        last = set() if self.inside & x.feeds else x.feeds  # an output of a residual sum has no head
+        self.open_heads = len(last) > 1
+        self.heads = {self.layers[k] for k in last} if len(last) == 1 else set()
+        free = [k for k in range(len(self.layers)) if k not in self.inside and not (len(last) == 1 and k in last)]
+        stems = free[:1] if self.split is None else [k for k in free if k in self.split.above]
+        self.stems = [self.layers[k] for k in stems]
+
+    def layer(self, x: Flow, standardized: bool = False) -> Flow:
+        name = f"w{self.names:03}"
+        self.names += 1
+        y = x.change(lambda d: d + (not standardized), lambda d: d + 1, lambda c: c + 1)
+        self.layers.append(name)
+        this = frozenset({len(self.layers) - 1})
+        return dataclasses.replace(y, feeds=this, above=x.above | this)
+
+    def source(self, like: Flow, of: Flow | None = None) -> Flow:
+        """A value from outside of every branch around `like`."""
+        return dataclasses.replace(of or Flow(), frames=((0.0, 0.0, 0),) * len(like.frames))
+
+    def normalized(self, x: Flow) -> Flow:
+        self.norms += 1
+        return x.change(lambda d: 0.0, lambda d: d)
+
+    def steps(self, steps: Iterable[Any], x: Flow) -> Flow:
+        for s in steps:
+            x = getattr(self, f"walk_{type(s).__name__}")(s, x)
+        return x
+
+    def walk_Dense(self, s: Dense, x: Flow) -> Flow:
+        return self.layer(x, s.kernel == "standardized")
+
+    def walk_Act(self, s: Act, x: Flow) -> Flow:
+        return x.change(ACTS[s.name][1])
+
+    def walk_Norm(self, s: Norm, x: Flow) -> Flow:
+        return self.normalized(x)
+
+    def walk_Gated(self, s: Gated, x: Flow) -> Flow:
+        gate = self.walk_Act(Act(s.act), self.layer(x))
+        return self.layer(product(gate, self.layer(x)))
+
+    def walk_Glu(self, s: Glu, x: Flow) -> Flow:
+        return self.layer(x)
+
+    def walk_Attention(self, s: Attention, x: Flow) -> Flow:
+        source = x if s.source == "self" else self.source(x, self.memory)
+        q, k, v = self.layer(x), self.layer(source), self.layer(source)
+        if s.norms:
+            q, k = self.normalized(q), self.normalized(k)
+        scores = product(q, k)
+        if s.softmax:
+            scores = scores.change(lambda d: 0.0)
+        return self.layer(product(scores, v))
+
+    def walk_SqueezeExcite(self, s: SqueezeExcite, x: Flow) -> Flow:
+        return product(x, self.layer(self.layer(x)).change(lambda d: 0.0))
+
+    def walk_Mask(self, s: Mask, x: Flow) -> Flow:
+        return x
+
+    def walk_Mix(self, s: Mix, x: Flow) -> Flow:
+        return x
+
+    def walk_Condition(self, s: Condition, x: Flow) -> Flow:
+        if s.form == "raw":
+            return total(x, self.source(x))
+        c = self.source(x, self.embedding if s.source == "embedding" else None)
+        if s.source == "hidden":
+            c = self.layer(c)
+        if s.form != "add":
+            factor = self.layer(c)
+            x = product(x, factor.change(lambda d: 0.0) if s.form == "film" else factor)
+        return total(x, self.layer(c))
+
+    def walk_Position(self, s: Position, x: Flow) -> Flow:
+        return x
+
+    def walk_Decoy(self, s: Decoy, x: Flow) -> Flow:
+        if s.kind == "parallel":
+            return total(self.layer(x), self.layer(x))
+        if s.kind == "gate":
+            t = self.layer(x).change(lambda d: 0.0)
+            return total(product(t, self.layer(x)), product(t, x))
+        if s.kind in ("mean_gate", "centre"):
+            return x
+        if s.kind == "sources":
+            return total(self.layer(x), self.layer(self.source(x)))
+        if s.kind == "noise":
+            return total(self.layer(x), self.layer(x).change(lambda d: 0.0))
+        if s.kind == "concatenate":
+            return self.layer(total(x, self.layer(x)))
+        if s.kind == "experts":
+            gates = self.layer(x).change(lambda d: 0.0)
+            return total(product(gates, self.layer(x)), product(gates, self.layer(x)))
+        assert s.kind == "dead"
+        self.names += 2
+        return x
+
+    def walk_Residual(self, s: Residual, x: Flow) -> Flow:
+        self.split = self.split or x
+        skips: list[tuple[Flow, int, int]] = []
+
+        def skip() -> None:
+            start = len(self.layers)
+            y = self.layer(x) if s.skip == "projection" else x
+            self.inside.update(range(start, len(self.layers)))
+            skips.append((y, start, len(self.layers)))
+
+        if s.skip_first:
+            skip()
+        start, norms = len(self.layers), self.norms
+        inner = self.steps(s.shared, x.opened())
+        common, common_norms = self.layers[start:], self.norms - norms
+        ends: list[Flow] = []
+        found: list[Found] = []
+        for branch in s.branches:
+            start, norms = len(self.layers), self.norms
+            y = self.steps(branch, inner)
+            self.inside.update(range(start, len(self.layers)))
+            order, free, depth = y.frames[-1]
+            found.append(
+                Found(
+                    (*common, *self.layers[start:]), depth, order, free,
+                    {"flip": "reshape", "pad": "reshape", "pool": "reshape"}.get(s.skip, s.skip), (), self.repeats,
+                    self.norms - norms + common_norms,
+                )
+            )  # fmt: skip
+            ends.append(y.closed())
+        if not s.skip_first:
+            skip()
+        ((skipped, start, end),) = skips
+        if not self.muted:
+            self.branches += [dataclasses.replace(f, skip_weights=tuple(self.layers[start:end])) for f in found]
+        return total(skipped, *ends)
+
+    def walk_Scan(self, s: Scan, x: Flow) -> Flow:
+        self.repeats *= s.length
+        x = self.steps(s.steps, x)
+        self.repeats //= s.length
+        if x.frames:  # in a branch, the layers of every pass are in series
+            kept = dict(vars(self))
+            self.muted = True
+            for _ in range(s.length - 1):
+                self.layers, self.inside = list(kept["layers"]), set(kept["inside"])
+                x = dataclasses.replace(self.steps(s.steps, x), feeds=x.feeds, above=x.above)
+            vars(self).update(kept)
+        return x
+
+    def walk_Reuse(self, s: Reuse, x: Flow) -> Flow:
+        names = self.names
+        for _ in range(s.times):
+            self.names = names
+            x = self.steps(s.steps, x)
+        return x
+
+
+def chains(steps: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Every chain in a chain, the chain itself first."""
+    yield steps
+    for s in steps:
+        if isinstance(s, Residual):
+            for inner in (s.shared, *s.branches):
+                yield from chains(inner)
+        elif isinstance(s, (Scan, Reuse)):
+            yield from chains(s.steps)
+
+
+def every(net: Net) -> Iterator[Any]:
+    for chain in (*chains(net.memory), *chains(net.steps)):
+        yield from chain
+
+
+def uses_embedding(net: Net) -> bool:
+    return any(isinstance(s, Condition) and s.source == "embedding" for s in every(net))
+
+
+def uses_memory(net: Net) -> bool:
+    return any(isinstance(s, Attention) and s.source == "memory" for s in every(net))
+
+
+def descending(steps: tuple[Any, ...]) -> int:
+    """How many layers of a chain lie below its start; those of another source are not among them."""
+    count = 0
+    for s in steps:
+        if isinstance(s, Residual):
+            count += sum(map(descending, s.branches)) + (s.skip == "projection")
+        elif isinstance(s, Scan):
+            count += descending(s.steps)
+        elif isinstance(s, Reuse):
+            count += s.times * descending(s.steps)
+        elif isinstance(s, Attention):
+            count += 4 if s.source == "self" else 2
+        elif isinstance(s, Decoy):
+            count += {"parallel": 2, "gate": 2, "sources": 1, "noise": 2, "concatenate": 2, "experts": 3}.get(s.kind, 0)
+        else:
+            count += {Dense: 1, Gated: 3, Glu: 1, SqueezeExcite: 2}.get(type(s), 0)
+    return count
+
+
+def sum_at_end(steps: tuple[Any, ...]) -> Any:
+    """The last step of a chain if its last operation is a bare addition."""
+    s = steps[-1] if steps else None
+    if isinstance(s, Decoy) and s.kind == "dead":
+        return sum_at_end(steps[:-1])
+    if isinstance(s, Reuse):
+        return sum_at_end(s.steps)
+    if isinstance(s, Residual):
+        return s if not s.scaled and s.minus != len(s.branches) else None
+    if isinstance(s, Condition) or (isinstance(s, Act) and s.name == "cubic"):
+        return s
+    return s if isinstance(s, Decoy) and s.kind in ("parallel", "gate", "sources", "noise", "experts") else None
+
+
+def scales(steps: tuple[Any, ...]) -> bool:
+    """Whether a chain goes to zero with its start, normalizations disregarded."""
+    return Follow().steps(steps, Flow(((0.0, 1.0, 0),))).frames[0][1] >= 1
+
+
+class Follow(Walk):
+    """Orders in the start of a chain alone."""
+
+    def __init__(self) -> None:
+        self.names, self.layers, self.norms, self.branches, self.inside = 0, [], 0, [], set()
+        self.split, self.repeats, self.muted = None, 1, True
+        self.memory = self.embedding = Flow()
+
+    def layer(self, x: Flow, standardized: bool = False) -> Flow:
+        return x
+
+
+def open_questions(net: Net) -> set[str]:
+    """Tags of what in a program the library may read otherwise."""
+    tags: set[str] = set()
+    for s in every(net):
+        if isinstance(s, Act) and s.name == "hard_tanh":
+            tags.add("hard_tanh")
+        if (isinstance(s, Condition) and s.source == "hidden") or (
+            isinstance(s, Attention) and s.source == "memory" and (s.norms or s.rotary)
+        ):
+            tags.add("two layers of another source")
+        if isinstance(s, Condition) and s.form == "scale":
+            tags.add("scale and shift by one source")
+        if isinstance(s, Condition) and s.form == "raw":
+            tags.add("a source as it is")
+        if isinstance(s, Residual):
+            tags |= _questions_of_sum(s)
+    for steps in (net.memory, net.steps):
+        if _normalizes_sigmoid(steps, False)[0]:
+            tags.add("norm of a sigmoid")
+        for chain in chains(steps):
+            for a, b in itertools.pairwise(chain):
+                if isinstance(sum_at_end((a,)), Residual) and isinstance(first_step(b), Condition):
+                    tags.add("sum of a residual and another source")
+    return tags
+
+
+def _questions_of_sum(s: Residual) -> set[str]:
+    tags = set()
+    if 0 < s.minus < len(s.branches):
+        tags.add("sum with a difference")
+    if s.skip == "projection" and not all(scales((*s.shared, *b)) for b in s.branches):
+        tags.add("projection beside a branch that does not vanish with its start")
+    if any(isinstance(inner, Scan) for b in s.branches for chain in chains(b) for inner in chain):
+        tags.add("loop in a branch")
+    for b, f in zip(s.branches, s.factors, strict=True):
+        end = sum_at_end(b) if f == "none" and s.skip != "pool" else None
+        if isinstance(end, Condition):
+            tags.add("another source at the end of a branch")
+        elif isinstance(end, Act):
+            tags.add("formula at the end of a branch")
+    return tags
+
+
+def first_step(s: Any) -> Any:
+    return first_step(s.steps[0]) if isinstance(s, Reuse) else s
+
+
+def _normalizes_sigmoid(steps: tuple[Any, ...], after: bool) -> tuple[bool, bool]:
+    """Whether a normalization follows a sigmoid directly, and whether the chain ends in one."""
+    hit = False
+    for s in steps:
+        if isinstance(s, Norm):
+            hit, after = hit or after, False
+        elif isinstance(s, Residual):
+            found, inner = _normalizes_sigmoid(s.shared, after)
+            hit = hit or found or any(_normalizes_sigmoid(b, inner)[0] for b in s.branches)
+            after = False
+        elif isinstance(s, (Scan, Reuse)):
+            first, after = _normalizes_sigmoid(s.steps, after)
+            again, after = _normalizes_sigmoid(s.steps, after)
+            hit = hit or first or again
+        elif s != Decoy("dead"):
+            after = s == Act("sigmoid")
+    return hit, after
+
+
+FACTORS = ("none", "none", "constant", "scalar", "vector")
+NORMS = ("layer", "rms", "l2", "two_pass", "std", "instance", "batch")
+DECOYS = ("parallel", "gate", "mean_gate", "centre", "sources", "noise", "concatenate", "experts", "dead")
+_widths = st.sampled_from((4, 8, 16))
+_dense = st.builds(
+    Dense,
+    st.sampled_from(("matmul", "matmul", "einsum", "left", "conv", "conv3")),
+    st.booleans(),
+    st.sampled_from(("plain", "plain", "plain", "halved", "standardized")),
+    _widths,
+)
+_act = st.builds(Act, st.sampled_from(("relu", "relu", "gelu", "silu", "tanh", *ACTS)))
+_norm = st.builds(Norm, st.sampled_from(NORMS), st.booleans())
+_weightless = st.one_of(_act, _norm, st.builds(Mask, st.sampled_from(("select", "product"))))
+_plain_step = st.one_of(
+    _dense,
+    _dense,
+    _weightless,
+    _weightless,
+    st.builds(Gated, st.sampled_from(("silu", "gelu", "sigmoid")), _widths),
+    st.builds(Glu, _widths),
+    st.builds(
+        Attention, st.sampled_from(("self", "memory")), st.sampled_from((True, True, False)),
+        st.booleans(), st.booleans(), st.booleans(), _widths,
+    ),
+    st.just(SqueezeExcite()),
+    st.just(Mix()),
+    st.builds(
+        Condition, st.sampled_from(("add", "add", "film", "film", "scale", "raw")),
+        st.sampled_from(("time", "hidden", "embedding")),
+    ),
+    st.just(Position()),
+    st.builds(Decoy, st.sampled_from(DECOYS)),
+)  # fmt: skip
+
+
+@st.composite
+def residuals(draw: Any, depth: int, free: bool, branch: bool = False) -> Residual:
+    """A residual step; `depth` is how many more may lie inside, `free` whether it may change the shape."""
+    skips = ("identity",) * 4 + ("projection", "projection", "flip") + (("pad", "pool") if free else ())
+    skip = draw(st.sampled_from(skips))
+    count = draw(st.sampled_from((1, 1, 1, 2, 3)))
+    branches, factors = [], []
+    for _ in range(count):
+        factor = draw(st.sampled_from(FACTORS))
+        if skip == "identity" and draw(st.integers(0, 9)) == 9:
+            chain = (*draw(st.lists(_weightless, max_size=1)), Mix(), *draw(st.lists(_weightless, max_size=1)))
+        else:
+            chain = tuple(draw(st.lists(steps(depth, False, True), min_size=1, max_size=4)))
+            if not any(isinstance(s, SETS_WIDTH) for s in chain):
+                chain = (*chain, draw(_dense))
+            if skip == "projection" and descending(chain) < 2:
+                chain = (draw(_dense), *chain)
+        end = sum_at_end(chain)
+        if factor == "none" and (isinstance(end, (Decoy, Residual)) or (end and draw(st.integers(0, 3)))):
+            factor = "constant"  # or the sum would be one of more terms
+        branches.append(chain)
+        factors.append(factor)
+    weighted = all(descending(b) for b in branches)
+    minus = draw(st.sampled_from((0, 0, 0, 0, count, count, 1))) if weighted else 0
+    return Residual(
+        tuple(branches), skip, tuple(factors),
+        tuple(draw(st.lists(_weightless, max_size=1))),
+        draw(st.integers(0, count)),
+        draw(st.booleans()),
+        draw(st.sampled_from(("none", "none", "none", "constant", "constant" if branch else "scalar"))),
+        minus,
+        draw(st.booleans()),
+        draw(st.sampled_from(("plain", "plain", "jit", "remat"))),
+    )  # fmt: skip
+
+
+def steps(depth: int, free: bool, branch: bool = False) -> st.SearchStrategy[Any]:
+    if not depth:
+        return _plain_step
+    inner = st.lists(steps(depth - 1, False, branch), min_size=1, max_size=3).map(tuple)
+    blocks = residuals(depth - 1, free, branch)
+    return st.one_of(
+        _plain_step,
+        _plain_step,
+        *[blocks] * (6 if branch else 2),
+        st.builds(Scan, inner, st.integers(2, 4)),
+        st.builds(Reuse, inner, st.integers(2, 3)),
+    )
+
+
+@st.composite
+def nets(draw: Any) -> Net:
+    body = draw(st.lists(steps(3, True), max_size=4))
+    if draw(st.integers(0, 7)):
+        body.insert(draw(st.integers(0, len(body))), draw(residuals(2, True)))
+    body = tuple(body)
+    net = Net(body, draw(st.booleans()), draw(st.sampled_from(("dense", "dense", "pooled", "none"))))
+    if uses_memory(net) and draw(st.booleans()):
+        memory = tuple(draw(st.lists(st.one_of(_dense, _norm, residuals(0, False)), max_size=2)))
+        if not any(isinstance(s, Attention) and s.source == "memory" for s in every(Net(memory))):
+            net = dataclasses.replace(net, memory=memory, stem=True)
+    if uses_embedding(net):
+        net = dataclasses.replace(net, stem=True)
+    return net
+
+
+def check(net: Net) -> None:
+    expected = Walk(net)
+    found = fi.structure(Run(net).function(), *INPUTS)
+    branches = [
+        Found(
+            b.weights, b.depth, b.order, b.order_without_norms, b.skip, b.skip_weights, b.repeats, b.norms,
+        )
+        for b in found.branches
+    ]  # fmt: skip
+    assert branches == expected.branches
+    assert found.num_branches == sum(b.repeats for b in expected.branches)
+    assert len(found.norms) == expected.norms
+    assert [layer.path for layer in found.layers] == expected.layers
+    assert list(found.stems) == expected.stems
+    assert set(found.heads) == expected.heads
+    assert [u.what for u in found.undecided] == ["head"] * expected.open_heads
+    assert not found.unruled
+
+
+def _property(examples: int, derandomize: bool) -> Any:
+    checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+
+    def decorate(test: Any) -> Any:
+        return settings(
+            max_examples=examples, derandomize=derandomize, deadline=None, database=None, suppress_health_check=checks
+        )(given(nets())(test))
+
+    return decorate
+
+
+def _examine(net: Net) -> None:
+    tags = open_questions(net)
+    assume(not tags & OPEN)
+    note(f"tags: {sorted(tags)}")
+    check(net)
+
+
+@_property(200, True)
+def test_random_programs(net: Net) -> None:
+    _examine(net)
+
+
+@pytest.mark.slow
+@_property(3000, False)
+def test_many_random_programs(net: Net) -> None:
+    _examine(net)
