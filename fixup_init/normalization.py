@@ -105,7 +105,7 @@ def _statistical(graph: Graph, node: int, op: Op) -> Norm | None:
         return None
     start, region = walk
     source = _source(graph, start, region)
-    if _squashed(graph, start):
+    if _squashed(graph, start) and not any(_squares(graph, n) for n in region):
         return None
     reductions = [o for n in region if (o := graph.op(n)) is not None and o.primitive in _REDUCTIONS]
     if not reductions:
@@ -207,6 +207,16 @@ def _squashed(graph: Graph, node: int) -> bool:
         chosen = [v for v in chosen if graph.is_activation(v)] or [v for v in op.inputs if graph.is_activation(v)]
         node = graph.node_of[chosen[0]]
     return False
+
+
+def _squares(graph: Graph, node: int) -> bool:
+    op = graph.op(node)
+    assert op is not None
+    if op.primitive is p.integer_pow_p:
+        return op.params["y"] == 2
+    if op.primitive in (p.mul_p, p.dot_general_p):
+        return op.inputs[0] == op.inputs[1]
+    return op.primitive is p.square_p
 
 
 def _centring(graph: Graph, node: int) -> tuple[int, list[int]] | None:

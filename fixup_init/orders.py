@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fixup_init import jaxprs
 from fixup_init.graph import COPIES, Graph
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import Loop, Op, p
 
 __all__ = ["SQUASH", "Order", "has_rule", "orders"]
 
@@ -93,14 +94,69 @@ def orders(
       The order of every value made, the seeds included.
     """
     known: dict[int, Order] = dict(seeds)
-    for k in ops:
-        op = graph.program.ops[k]
-        found = _order(graph, op, known, arms, far, inside)
-        for v in op.outputs:
-            if v in seeds:
+
+    def run(made: Sequence[Op]) -> None:
+        at = 0
+        while at < len(made):
+            op = made[at]
+            if op.primitive is jaxprs.CARRY_IN and (body := _body(made, at)):
+                _again(run, made[at : at + body], op.loop, known)
+                at += body
                 continue
-            known[v] = known.get(transparent[v], 0.0) if transparent and v in transparent else found
+            found = _order(graph, op, known, arms, far, inside)
+            for v in op.outputs:
+                if v not in seeds:
+                    known[v] = known.get(transparent[v], 0.0) if transparent and v in transparent else found
+            at += 1
+
+    run([graph.program.ops[k] for k in ops])
     return known
+
+
+def _body(made: Sequence[Op], at: int) -> int:
+    """How many operations, from the first carry of a scan on, are in its body; 0 where what follows is no result of
+    the scan, so that all of this is inside of it."""
+    loop = made[at].loop
+    assert loop is not None
+    n = at
+    while n < len(made) and _within(made[n].loop, loop):
+        n += 1
+    ends = {out for _, out in loop.carries}
+    leaves = any(op.primitive is jaxprs.CARRY_OUT and op.inputs[0] in ends for op in made[n:])
+    leaves |= any(
+        op.primitive is jaxprs.STACK_OUT and any(op.inputs[0] in o.outputs for o in made[at:n]) for op in made[n:]
+    )
+    return n - at if leaves else 0
+
+
+def _within(loop: Loop | None, outer: Loop) -> bool:
+    while loop is not None and loop is not outer:
+        loop = loop.parent
+    return loop is outer
+
+
+_PASSES = 3
+
+
+def _again(run: Callable[[Sequence[Op]], None], body: Sequence[Op], loop: Loop, known: dict[int, Order]) -> None:
+    """Runs the body of a scan as often as it shows how its carries go on, and goes on with that."""
+    starts = [op for op in body if op.primitive is jaxprs.CARRY_IN and op.loop is loop]
+    rest = [op for op in body if op not in starts]
+    passes = min(_PASSES, loop.length)
+    run(starts)
+    history: list[list[Order]] = []
+    for done in range(1, passes + 1):
+        run(rest)
+        history.append([known.get(out, 0.0) for _, out in loop.carries])
+        if done < passes:
+            known.update((carry, known[out]) for carry, out in loop.carries if carry in known and out in known)
+    if loop.length > _PASSES:
+        for (_, out), before, now in zip(loop.carries, *history[-2:], strict=True):
+            if out in known:
+                with np.errstate(invalid="ignore"):
+                    grown = np.nan_to_num(np.subtract(now, before), nan=0.0, posinf=0.0, neginf=0.0)
+                    found = now + (loop.length - _PASSES) * np.maximum(grown, 0.0)
+                known[out] = found if isinstance(now, np.ndarray) else float(found)
 
 
 def _least(values: Sequence[Order]) -> Order:
@@ -144,10 +200,11 @@ def _order(
         elif primitive in _ADDITIVE and any(graph.is_activation(v) for v in inputs):
             inputs = tuple(v for v in inputs if not graph.is_parameter(v))  # additive parameters do not count
             if inside:
-                inputs = tuple(v for v in inputs if v in known) or inputs
+                inputs = tuple(v for v in inputs if v in known or not graph.is_activation(v)) or inputs
         return _least([of(v, guard=True) for v in inputs]) if inputs else 0.0
     if primitive is p.select_n_p:
-        return _least([of(v) for v in op.inputs[1:]])
+        chosen = _at_zero(graph, op.inputs[0]) if len(op.inputs) == 3 else None
+        return _least([of(v) for v in op.inputs[1:]]) if chosen is None else of(op.inputs[1 + chosen])
     if primitive is p.clamp_p:
         return of(op.inputs[1])
     if primitive is jaxprs.CHOOSE:
@@ -178,6 +235,21 @@ def _order(
         return of(op.inputs[0])
     streams = [of(v) for v in op.inputs if graph.is_activation(v) or v in known]
     return _least(streams) if streams else 0.0  # no rule
+
+
+_COMPARISONS = {p.lt_p: operator.lt, p.le_p: operator.le, p.gt_p: operator.gt, p.ge_p: operator.ge}
+
+
+def _at_zero(graph: Graph, predicate: int) -> bool | None:
+    """What a comparison with a number other than zero gives as its argument vanishes: hard tanh, written with where."""
+    k = graph.maker.get(predicate)
+    op = graph.program.ops[k] if k is not None else None
+    if op is None or op.primitive not in _COMPARISONS:
+        return None
+    left, right = (0.0 if graph.is_activation(v) else None if graph.kind[v] else graph.literal(v) for v in op.inputs)
+    if left is None or right is None or left == right:
+        return None
+    return bool(_COMPARISONS[op.primitive](left, right))
 
 
 def _is_store(graph: Graph, value: int) -> bool:

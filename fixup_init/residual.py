@@ -82,7 +82,7 @@ class Residual:
     skip_layers: tuple[int, ...]
     branches: tuple[Branch, ...]
     scaled: bool  # whether a parameter multiplies the skip
-    crossed: bool  # whether a stream runs through a branch that began elsewhere, or skip and branch share no part of it
+    doubtful: bool  # a stream that began elsewhere runs through a branch, or skip and branch share no part of the split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,19 +114,22 @@ def find(graph: Graph, norms: tuple[Norm, ...]) -> tuple[tuple[Residual, ...], t
             continue
         values = search.terms(node)
         split = search.split(values)
-        if split is None:
+        if split is None or search.drop_interpolation(node):
             continue
         verdict = _decide(search, node, values, split)
         if isinstance(verdict, Residual):
-            search.residuals[node] = verdict
+            search.accept(node, verdict)
         elif isinstance(verdict, Undecided):
             search.undecided.append(verdict)
-    found = search.residuals.values()
-    sums = {graph.node_of[r.sum] for r in found}
-    splits = {r.split for r in found}
+    found = [search.residuals[node] for node in sorted(search.residuals)]
+    conditions = {
+        r.split for r in found for other in found
+        if r.skip == other.skip == "projection" and other.split == r.split
+        and any(graph.node_of[r.sum] in b.nodes for b in other.branches)
+    }  # fmt: skip
     kept = tuple(
         r for r in found
-        if not _is_feedthrough(graph, r, found) and (not r.crossed or graph.node_of[r.sum] in splits or r.split in sums)
+        if not _is_feedthrough(graph, r, found) and not (r.skip == "projection" and r.split in conditions)
     )  # fmt: skip
     return kept, tuple(search.undecided)
 
@@ -137,6 +140,16 @@ def _is_feedthrough(graph: Graph, residual: Residual, residuals: Iterable[Residu
     return residual.scaled and any(
         node in b.nodes for r in residuals if r is not residual for b in r.branches
     )  # fmt: skip
+
+
+def _ancestors(graph: Graph, nodes: Iterable[int]) -> set[int]:
+    seen, todo = set(nodes), list(nodes)
+    while todo:
+        for a in graph.parents[todo.pop()]:
+            if a not in seen:
+                seen.add(a)
+                todo.append(a)
+    return seen
 
 
 def _addends(graph: Graph, node: int) -> tuple[int, ...]:
@@ -169,10 +182,22 @@ class _Search:
         for node, above in graph.parents.items():
             if any(a in self.weighted for a in above):
                 self.weighted.add(node)
+        self.alive = _ancestors(graph, graph.outputs)  # the rest only goes on to the next pass of a scan
         self.residuals: dict[int, Residual] = {}  # by the node of the sum
         self.undecided: list[Undecided] = []
+        self._doubtful: dict[int, Residual] = {}
         self._absorber: dict[int, int | None] = {}
         self._below: dict[int, tuple[set[int], set[int], int]] = {}
+
+    def accept(self, node: int, residual: Residual) -> None:
+        """Takes up a residual; a doubtful one only if it is a state of a stream that has another sum."""
+        if residual.doubtful and residual.split not in self.residuals and residual.split not in self._doubtful:
+            self._doubtful[node] = residual
+            return
+        self.residuals[node] = residual
+        while residual.split in self._doubtful:
+            node = residual.split
+            residual = self.residuals[node] = self._doubtful.pop(node)
 
     def absorber(self, node: int) -> int | None:
         """The sum that a sum is part of: it is used there alone, and its terms part no later than all the terms."""
@@ -183,7 +208,7 @@ class _Search:
     def _find_absorber(self, node: int) -> int | None:
         graph = self.graph
         op = graph.op(node)
-        if op is None or op.primitive is not p.add_p or len(graph.users[node]) != 1:
+        if op is None or op.primitive not in (p.add_p, p.sub_p) or len(graph.users[node]) != 1:
             return None
         (user,) = graph.users[node]
         around = _addends(graph, user)
@@ -191,7 +216,11 @@ class _Search:
             return None
         own = self.split(_addends(graph, node))
         whole = self.split(around) if own is not None else None
-        return user if own is not None and whole is not None and own.node <= whole.node else None
+        if own is None or whole is None or own.node > whole.node:
+            return None
+        if op.primitive is p.sub_p and not isinstance(_decide(self, node, list(op.inputs), own), Residual):
+            return None  # x - mean(x)
+        return user
 
     def terms(self, node: int) -> list[int]:
         """The terms of an n-ary sum, as values."""
@@ -227,28 +256,55 @@ class _Search:
             return graph.users[node][-1] > max(terms) + 1 and all(t in weighted for t in terms)
         return False
 
-    def cancel(self, node: int, end: int, skip: _Term) -> None:
-        """x + (f(x) - x), the derivative of one of them stopped (straight-through): f(x) replaces x, no residual."""
+    def is_state(self, node: int, split: int) -> bool:
+        """Whether a node is, scaled maybe, a residual sum with the same split: x + c (x + f(x)) has one branch."""
         graph = self.graph
-        while (op := graph.op(end)) is not None and op.primitive in _UNSCALED:
-            (end,) = graph.parents[end]
-        around = graph.op(node)
-        if op is not None and op.primitive is p.sub_p and end in self.residuals:
-            if op.inputs[1] in skip.values and around is not None and around.primitive is p.add_p:
-                del self.residuals[end]
-
-    def stream(self, node: int, start: int) -> bool:
-        """Whether a node is a later state of the stream that a residual's split began, with no weight between."""
-        graph = self.graph
-        while node > start:
-            residual = self.residuals.get(node)
-            if residual is not None:
-                node = residual.split
-            elif len(graph.parents[node]) == 1 and node not in graph.layers and not _mixes(graph, node):
-                (node,) = graph.parents[node]
-            else:
+        while node not in self.residuals:
+            if node in graph.layers or len(graph.parents[node]) != 1 or _mixes(graph, node):
                 return False
-        return node == start
+            (node,) = graph.parents[node]
+        return self.residuals[node].split == split
+
+    def drop_interpolation(self, node: int) -> bool:
+        """Whether a sum is a + s (b - a). With s = 1 (straight-through) it is b, with s an activation a gate: neither
+        it nor the difference is a residual then. With a constant or a parameter, the difference is the residual."""
+        graph = self.graph
+        op = graph.op(node)
+        if op is None or op.primitive is not p.add_p:
+            return False
+        for base, other in (op.inputs, op.inputs[::-1]):
+            found = self._difference(graph.node_of[other], self._unscaled(base))
+            if found is not None:
+                difference, gated = found
+                if gated:
+                    self.residuals.pop(difference, None)
+                return True
+        return False
+
+    def _difference(self, node: int, base: int) -> tuple[int, bool] | None:
+        graph = self.graph
+        scaled = gated = False
+        while (op := graph.op(node)) is not None:
+            if op.primitive is p.sub_p:
+                return (node, gated or not scaled) if self._unscaled(op.inputs[1]) == base else None
+            streams = [v for v in op.inputs if graph.is_activation(v)]
+            if op.primitive is p.mul_p and len(streams) == 2:
+                gated = True
+                streams = [v for v in streams if (o := graph.op(graph.node_of[v])) and o.primitive is p.sub_p]
+            elif op.primitive in (p.mul_p, p.div_p):
+                scaled = True
+            elif op.primitive not in _UNSCALED:
+                return None
+            if len(streams) != 1:
+                return None
+            node = graph.node_of[streams[0]]
+        return None
+
+    def _unscaled(self, value: int) -> int:
+        graph = self.graph
+        while (op := graph.op(graph.node_of.get(value, -1))) is not None and op.primitive in _UNSCALED:
+            value = op.inputs[0]
+        return value
 
 
 def _decide(search: _Search, node: int, values: list[int], split: Split) -> Residual | Undecided | None:
@@ -280,7 +336,7 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
         return None  # a state that a loop is given
     skip = _together(skips)
     branches = [t for t in terms if not set(t.values) <= set(skip.values) and (t.layers or t.mixes)]
-    if not branches or not _carries(search, skip, split):
+    if not branches or not _carries(search, node, skip, split):
         return None
     if not _are_branches(search, node, skip, branches, split):
         return None
@@ -297,8 +353,7 @@ def _are_branches(search: _Search, node: int, skip: _Term, branches: list[_Term]
             return False  # another stream, and a condition that it is given
         if goes_on and end in search.residuals:
             return False  # a stream that goes on elsewhere
-        if search.stream(end, split.node):  # a later state of the skip's own stream
-            search.cancel(node, end, skip)
+        if search.is_state(end, split.node):
             return False
     if skip.layers:
         held = {n for t in (skip, *branches) for n in t.nodes} | {node}
@@ -319,12 +374,12 @@ def _residual(search: _Search, node: int, skip: _Term, branches: list[_Term], sp
     kind: Skip = "projection" if skip.layers else "reshape" if _reshapes(graph, skip) else "identity"
     # A stream that was added to within a branch, but began outside of it.
     within = {n for t in branches for n in t.nodes}
-    crossed = any(
+    doubtful = any(
         r.split not in within and r.split != split.node
         for n in within if (r := search.residuals.get(n)) is not None
     ) or any(_apart(search, skip, t, split) for t in branches)  # fmt: skip
     found = tuple(_branch(search, t) for t in branches)
-    return Residual(split.node, graph.value(node), kind, skip.layers, found, _is_scaled(graph, skip), crossed)
+    return Residual(split.node, graph.value(node), kind, skip.layers, found, _is_scaled(graph, skip), doubtful)
 
 
 def _together(terms: list[_Term]) -> _Term:
@@ -346,11 +401,15 @@ def _term(search: _Search, value: int, color: int, split: Split) -> _Term:
             below.add(n)
     nodes = tuple(n for n in reached if n in below)
     aside: set[int] = set()  # a second source, as far back as nothing else uses it
-    heap = [-a for n in nodes for a in graph.parents[n] if a not in below]
+    crossing = {n: r.split for n in nodes if (r := search.residuals.get(n)) is not None and r.split not in below}
+    others = {*search.residuals, *crossing.values()}  # streams of their own
+    heap = [-a for n in nodes if n not in crossing for a in graph.parents[n] if a not in below]
     heapq.heapify(heap)
     while heap:
         n = -heapq.heappop(heap)
-        if n in aside or n not in split.colors or not all(u in below or u in aside for u in graph.users[n]):
+        if n in aside or n in others or n not in split.colors or any(
+            u in search.alive and u not in below and u not in aside for u in graph.users[n]
+        ):
             continue
         aside.add(n)
         for a in graph.parents[n]:
@@ -388,13 +447,14 @@ def _seeds(graph: Graph, node: int) -> dict[int, Order]:
     return dict.fromkeys(op.outputs if op is not None else (graph.value(node),), 1.0)
 
 
-def _carries(search: _Search, skip: _Term, split: Split) -> bool:
+def _carries(search: _Search, node: int, skip: _Term, split: Split) -> bool:
     """Whether the skip is linear in the split, its coefficients made without other streams, and a projection's kernels
     are factors of it: a gate is no skip, and what is repeated over positions just before the sum is a bias."""
     graph = search.graph
     ops = [n - len(graph.inputs) for n in skip.nodes]
     known = orders(graph, ops, _seeds(graph, split.node), search.transparent, inside=True)
-    if any(known.get(v, 0.0) != 1 for v in skip.values) or any(_is_repeated(graph, v) for v in skip.values):
+    size = math.prod(graph.shape(node))
+    if any(known.get(v, 0.0) != 1 for v in skip.values) or any(_is_repeated(graph, v, size) for v in skip.values):
         return False
     held = {split.node, *skip.nodes}
     for n in skip.nodes:
@@ -411,15 +471,15 @@ def _carries(search: _Search, skip: _Term, split: Split) -> bool:
     return all(bool(np.all(known.get(v, 0.0) >= 1)) for v in skip.values)
 
 
-def _is_repeated(graph: Graph, value: int) -> bool:
-    op = graph.op(graph.node_of[value])
-    while op is not None and op.primitive is p.convert_element_type_p:
+def _is_repeated(graph: Graph, value: int, size: int) -> bool:
+    """Whether a term has fewer entries than the sum, and is repeated for it."""
+    while (op := graph.op(graph.node_of[value])) is not None:
+        if op.primitive not in (p.convert_element_type_p, p.broadcast_in_dim_p):
+            break
+        if not graph.is_activation(op.inputs[0]):
+            break
         value = op.inputs[0]
-        op = graph.op(graph.node_of[value])
-    if op is None or op.primitive is not p.broadcast_in_dim_p:
-        return False
-    shape = graph.program.shape
-    return math.prod(shape(op.outputs[0])) > math.prod(shape(op.inputs[0]))
+    return math.prod(graph.program.shape(value)) < size
 
 
 def _follows(search: _Search, term: _Term, split: Split) -> bool:
@@ -605,13 +665,19 @@ def _steers(graph: Graph, layer: int, nodes: set[int], normed: set[int]) -> Role
 def _chain(
     graph: Graph, nodes: list[int], layers: tuple[int, ...], value: tuple[int, ...]
 ) -> tuple[int, tuple[int, ...]]:
-    """Longest chain of weight layers, and the value layers with no other value layer behind."""
+    """Longest chain of weight layers, and the value layers with no other value layer behind.
+
+    A scan whose carry comes from before it counts as often as it is long.
+    """
     depth: dict[int, int] = {}
     above: dict[int, frozenset[int]] = {}  # the nearest value layers that lead to a node
     last: set[int] = set()
     for n in nodes:
         parents = [a for a in graph.parents[n] if a in depth]
         depth[n] = max((depth[a] for a in parents), default=0) + (n in layers)
+        op = graph.op(n)
+        if op is not None and op.primitive in (jaxprs.CARRY_OUT, jaxprs.STACK_OUT):
+            depth[n] += _again(graph, op, depth)
         nearest = frozenset().union(*(above[a] for a in parents))
         if n in value:
             last -= nearest
@@ -619,3 +685,17 @@ def _chain(
             nearest = frozenset({n})
         above[n] = nearest
     return max(depth.values(), default=0), tuple(sorted(last))
+
+
+def _again(graph: Graph, end: Op, depth: dict[int, int]) -> int:
+    """What the further passes of a scan add to the depth of its result."""
+    loop = graph.loop(graph.node_of[end.inputs[0]])
+    if loop is None:
+        return 0
+    once = [
+        depth[graph.node_of[out]] - depth[start]
+        for carry, out in loop.carries
+        if (start := graph.node_of.get(carry)) in depth and graph.node_of.get(out) in depth
+        and any(a in depth for a in graph.parents[start])
+    ]  # fmt: skip
+    return max([0, *once]) * (loop.length - 1)

@@ -489,7 +489,7 @@ def _heads(traced: Traced, in_branches: set[int]) -> tuple[list[int], list[tuple
                 if a not in seen:
                     seen.add(a)
                     todo.append(a)
-        if not found or any(n in in_branches or n in leads for n in found):
+        if any(n in in_branches for n in found) or all(n in leads for n in found):
             continue  # a backbone: it ends in a residual sum; or a state on the way
         if len(found) == 1:
             heads.extend(n for n in found if n not in heads)
