@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from fixup_init import jaxprs
-from fixup_init.graph import Graph, Split, latest_common_ancestor, reaches
+from fixup_init.graph import COPIES, Graph, Split, latest_common_ancestor, reaches
 from fixup_init.jaxprs import Arm, Op, p
 from fixup_init.normalization import Norm
 from fixup_init.orders import PRODUCT, Order, has_rule, orders
@@ -200,7 +200,7 @@ class _Search:
             residual = self.residuals[node] = self._doubtful.pop(node)
 
     def absorber(self, node: int) -> int | None:
-        """The sum that a sum is part of: it is used there alone, and its terms part no later than all the terms."""
+        """The sum that a sum is part of: it is used there alone, and is no residual with a later split."""
         if node not in self._absorber:
             self._absorber[node] = self._find_absorber(node)
         return self._absorber[node]
@@ -216,11 +216,25 @@ class _Search:
             return None
         own = self.split(_addends(graph, node))
         whole = self.split(around) if own is not None else None
-        if own is None or whole is None or own.node > whole.node:
+        if own is None or whole is None:
             return None
-        if op.primitive is p.sub_p and not isinstance(_decide(self, node, list(op.inputs), own), Residual):
-            return None  # x - mean(x)
+        terms = self.terms(node)
+        if op.primitive is p.sub_p or own.node > whole.node:
+            # x - mean(x) stays one term; so does a residual inside of a branch, and a mixture of experts.
+            inner = isinstance(_decide(self, node, terms, own), Residual)
+            if inner == (own.node > whole.node) or all(self._is_gated(v) for v in terms):
+                return None
         return user
+
+    def _is_gated(self, value: int) -> bool:
+        """Whether a term is, in the end, a product of two streams."""
+        graph = self.graph
+        while (op := graph.op(graph.node_of[value])) is not None and op.primitive in COPIES:
+            value = op.inputs[0]
+        return (
+            op is not None and op.primitive is p.mul_p
+            and all(graph.node_of.get(v) in self.weighted for v in op.inputs)
+        )  # fmt: skip
 
     def terms(self, node: int) -> list[int]:
         """The terms of an n-ary sum, as values."""

@@ -92,6 +92,7 @@ class Branch:
       scope: where the sum is, by name; '' where the framework gives no names.
       arms: the arms of conditionals that the whole residual is in, outermost first.
       alternatives: where the branch holds a conditional, the weights of each of its arms; one arm runs.
+      sum: number of the sum that it ends in; branches of one sum are parallel.
     """
 
     weights: tuple[str, ...]
@@ -109,6 +110,7 @@ class Branch:
     scope: str = ""
     arms: tuple[Arm, ...] = ()
     alternatives: tuple[tuple[str, ...], ...] = ()
+    sum: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,8 +282,11 @@ def of_trace(traced: Traced) -> Structure:
     graph = traced.graph
     repeats = functools.partial(_repeats, graph, {})
     layers = {n: _layer_infos(graph, n, repeats(n)) for n in graph.layers}
+    sums = sorted(s.sum for s in (*traced.residuals, *traced.undecided))
+    names = _Names(graph, layers, frozenset(graph.node_of[n.core] for n in traced.norms),
+                   {v: k for k, v in enumerate(sums, 1)})  # fmt: skip
     branches = tuple(
-        _branch(traced, layers, residual, branch, repeats(graph.node_of[residual.sum]))
+        _branch(names, residual, branch, repeats(graph.node_of[residual.sum]))
         for residual in traced.residuals
         for branch in residual.branches
     )
@@ -295,11 +300,12 @@ def of_trace(traced: Traced) -> Structure:
     else:
         stems = stems[:1]
     undecided = [
-        _undecided(traced, layers, u, k, repeats(graph.node_of[u.sum])) for k, u in enumerate(traced.undecided, 1)
+        _undecided(names, traced.residuals, u, k, repeats(graph.node_of[u.sum]))
+        for k, u in enumerate(traced.undecided, 1)
     ]
     undecided += [
         Undecided(
-            "head", f"output {k}", tuple(_paths(layers, [n]) for n in nodes),
+            "head", f"output {k}", tuple(names.paths([n]) for n in nodes),
             f"{len(nodes)} weight layers feed the output and no one of them is last",
         )
         for k, nodes in open_heads
@@ -309,8 +315,8 @@ def of_trace(traced: Traced) -> Structure:
         branches=branches,
         layers=tuple(info for infos in layers.values() for info in infos),
         norms=tuple(_norm_info(traced, n) for n in traced.norms),
-        stems=_paths(layers, stems),
-        heads=_paths(layers, heads),
+        stems=names.paths(stems),
+        heads=names.paths(heads),
         parameters=_parameters(traced, layers),
         undecided=tuple(undecided),
         unruled=tuple(sorted(_unruled(traced))),
@@ -318,18 +324,30 @@ def of_trace(traced: Traced) -> Structure:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """What nodes and values are called in a structure."""
+
+    graph: Graph
+    layers: dict[int, tuple[LayerInfo, ...]]  # by node
+    norms: frozenset[int]  # nodes
+    sums: dict[int, int]  # number by value
+
+    def paths(self, nodes: Iterable[int]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(info.path for n in nodes for info in self.layers[n]))
+
+
 def _undecided(
-    traced: Traced, layers: dict[int, tuple[LayerInfo, ...]], found: UndecidedNodes, number: int, repeats: int
+    names: _Names, residuals: tuple[Residual, ...], found: UndecidedNodes, number: int, repeats: int
 ) -> Undecided:  # fmt: skip
-    at = traced.graph.node_of[found.sum]
     return Undecided(
         what="sum",
-        where=traced.graph.scope(at),
-        terms=tuple(_paths(layers, t) for t in found.terms),
+        where=names.graph.scope(names.graph.node_of[found.sum]),
+        terms=tuple(names.paths(t) for t in found.terms),
         why=found.why,
         name=f"sum {number}",
-        readings=tuple(tuple(_branch(traced, layers, r, b, repeats) for b in r.branches) for r in found.readings),
-        position=sum(len(r.branches) for r in traced.residuals if traced.graph.node_of[r.sum] < at),
+        readings=tuple(tuple(_branch(names, r, b, repeats) for b in r.branches) for r in found.readings),
+        position=sum(len(r.branches) for r in residuals if r.sum < found.sum),
     )
 
 
@@ -360,19 +378,13 @@ def _layer_infos(graph: Graph, node: int, repeats: int) -> tuple[LayerInfo, ...]
     )  # fmt: skip
 
 
-def _paths(layers: dict[int, tuple[LayerInfo, ...]], nodes: Iterable[int]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(info.path for n in nodes for info in layers[n]))
-
-
-def _branch(
-    traced: Traced, layers: dict[int, tuple[LayerInfo, ...]], residual: Residual, branch: BranchNodes, repeats: int
-) -> Branch:
-    graph = traced.graph
+def _branch(names: _Names, residual: Residual, branch: BranchNodes, repeats: int) -> Branch:
+    graph = names.graph
     leaves = graph.leaves
-    skips = _paths(layers, residual.skip_layers)
-    roles: dict[str, Any] = {info.path: role for n, role in branch.roles.items() for info in layers[n]}
+    skips = names.paths(residual.skip_layers)
+    roles: dict[str, Any] = {info.path: role for n, role in branch.roles.items() for info in names.layers[n]}
     return Branch(
-        weights=tuple(info.path for n in branch.layers for info in layers[n]),
+        weights=tuple(info.path for n in branch.layers for info in names.layers[n]),
         depth=branch.depth,
         order=branch.order,
         order_without_norms=branch.free_order,
@@ -380,13 +392,14 @@ def _branch(
         skip_weights=skips,
         repeats=repeats,
         roles=roles | dict.fromkeys(skips, "shortcut"),
-        last=_paths(layers, branch.last),
+        last=names.paths(branch.last),
         shares={leaves[v].path: order for v, order in branch.shares.items()},
         closing=tuple(leaves[v].path for v in branch.closing),
-        norms=sum(graph.node_of[n.core] in branch.nodes for n in traced.norms),
+        norms=len(branch.nodes & names.norms),
         scope=graph.scope(graph.node_of[residual.sum]),
         arms=_arms(graph, graph.node_of[residual.sum]),
         alternatives=_alternatives(graph, residual, branch),
+        sum=names.sums[residual.sum],
     )
 
 
