@@ -218,12 +218,15 @@ class _Search:
         whole = self.split(around) if own is not None else None
         if own is None or whole is None:
             return None
-        terms = self.terms(node)
-        if op.primitive is p.sub_p or own.node > whole.node:
+        later, difference = own.node > whole.node, op.primitive is p.sub_p
+        if later or difference:
             # x - mean(x) stays one term; so does a residual inside of a branch, and a mixture of experts.
-            inner = isinstance(_decide(self, node, terms, own), Residual)
-            if inner == (own.node > whole.node) or all(self._is_gated(v) for v in terms):
+            terms = self.terms(node)
+            residual = isinstance(_decide(self, node, terms, own), Residual)
+            if residual == later or difference == later or all(self._is_gated(v) for v in terms):
                 return None
+            if all(_is_linear(self, _term(self, v, 1 << t, own)) for t, v in enumerate(terms)):
+                return None  # a low-rank addition to a kernel
         return user
 
     def _is_gated(self, value: int) -> bool:

@@ -82,9 +82,9 @@ class Branch:
       order_without_norms: D with its normalizations disregarded.
       skip: what lies beside it.
       repeats: how many branches of the network this one stands for (a scan body stands for its length).
-      roles: for each weight, "value" (shrinking it shrinks the branch, normalizations disregarded), "gate" (it does not,
-        and its result multiplies the branch position by position), "control" (it does not, and steers otherwise, as
-        queries and keys do) or "shortcut" (it is on the skip).
+      roles: for each weight, "value" (shrinking it shrinks the branch, normalizations disregarded), "gate" (it does
+        not, and its result multiplies the branch position by position), "control" (it does not, and steers otherwise,
+        as queries and keys do) or "shortcut" (it is on the skip).
       last: the value layers with no other behind them.
       shares: for each weight, how much of `order` it is: 0 on a control path, and where a normalization follows.
       closing: parameters nearest the end, kernels apart, that multiply the branch: a norm's scale, a multiplier.
@@ -553,7 +553,8 @@ def _parameters(traced: Traced, layers: dict[int, tuple[LayerInfo, ...]]) -> tup
 
 
 _PRIORITY: list[Role] = [
-    "kernel", "embedding", "factor", "gain", "norm_scale", "norm_bias", "multiplier", "position", "bias", "other", "unused",
+    "kernel", "embedding", "factor", "gain", "norm_scale", "norm_bias", "multiplier", "position", "bias", "other",
+    "unused",
 ]  # fmt: skip
 
 
