@@ -30,7 +30,7 @@ Pieces = tuple[Piece, ...]
 
 _REDUCTIONS = frozenset({
     p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.reduce_prod_p, p.reduce_and_p, p.reduce_or_p, p.argmax_p,
-    p.argmin_p, p.reduce_p, p.reduce_xor_p,
+    p.argmin_p, p.reduce_p, p.reduce_xor_p, p.psum_p, p.pmax_p, p.pmin_p,
 })  # fmt: skip
 
 
@@ -66,8 +66,7 @@ def follow(graph: Graph, ops: Iterable[int], starts: Mapping[int, Pieces]) -> di
 def reduced(graph: Graph, op: Op, known: Mapping[int, Pieces]) -> bool:
     """Whether an operation mixes a followed axis away, wholly or in part."""
     if op.primitive in _REDUCTIONS:
-        axes = op.params.get("axes", op.params.get("dimensions", ()))
-        return any(q.axis in axes for q in known.get(op.inputs[0], ()))
+        return any(q.axis in _summed(op) for q in known.get(op.inputs[0], ()))
     if op.primitive is p.dot_general_p:
         contract = op.params["dimension_numbers"][0]
         return any(q.axis in contract[s] for s in (0, 1) for q in known.get(op.inputs[s], ()))
@@ -94,7 +93,7 @@ def _through(graph: Graph, op: Op, known: Mapping[int, Pieces]) -> list[Pieces]:
     elif primitive is p.squeeze_p:
         out = _without(first, params["dimensions"])
     elif primitive in _REDUCTIONS:
-        out = _without(first, params.get("axes", params.get("dimensions", ())))
+        out = _without(first, _summed(op))
     elif primitive is jaxprs.SLICE_IN:
         out = _without(first, (0,))
     elif primitive is jaxprs.STACK_OUT:
@@ -114,6 +113,11 @@ def _through(graph: Graph, op: Op, known: Mapping[int, Pieces]) -> list[Pieces]:
             next((known[v] for v in op.inputs if v in known and len(shape(v)) == len(shape(o))), ()) for o in op.outputs
         ]
     return [out] * len(op.outputs)
+
+
+def _summed(op: Op) -> tuple[Any, ...]:
+    """Axes that a reduction takes away; a collective under vmap names them by number, others by mesh axes."""
+    return tuple(a for a in op.params.get("axes", op.params.get("dimensions", ())) if not isinstance(a, str))
 
 
 def _without(pieces: Pieces, axes: Iterable[int]) -> Pieces:

@@ -150,6 +150,36 @@ class Program:
             self, outputs=outputs, ops=_alive(self.ops, outputs), steps=_alive_steps(self.steps, outputs)
         )
 
+    def reading(self, inputs: Sequence[int]) -> Program | None:
+        """The same program with other inputs: values made on the way, which are given instead.
+
+        Returns:
+          The program, or None where an input is made by a scan, is a constant or stands for several inputs.
+        """
+        given = set(inputs)
+        if len(given) < len(inputs) or not given.isdisjoint(self.constants):
+            return None
+        if any(op.loop is not None or op.primitive is STACK_OUT for op in self.ops if not given.isdisjoint(op.outputs)):
+            return None
+        if any(op.body is not None and not given.isdisjoint(_made(op.body)) for op in self.steps):
+            return None
+
+        def rest(ops: list[Op]) -> list[Op]:
+            return [op for op in ops if given.isdisjoint(op.outputs)]
+
+        cut = dataclasses.replace(self, inputs=tuple(inputs), ops=rest(self.ops), steps=rest(self.steps))
+        cut = cut.returning(self.outputs)
+        made = {v for op in cut.steps for v in op.outputs} | given | set(self.constants)
+        return cut if all(v in made for op in cut.steps for v in op.inputs) else None
+
+    def following(self, values: Iterable[int]) -> set[int]:
+        """Everything that depends on some values."""
+        found = set(values)
+        for op in self.ops:
+            if not found.isdisjoint(op.inputs):
+                found.update(op.outputs)
+        return found
+
     def rewired(self, instead: dict[int, int]) -> Program:
         """The program in which every use of value `a` is a use of `instead[a]`; what this leaves unused is dropped."""
         rewired = dataclasses.replace(self, ops=_rewire(self.ops, instead), steps=_rewire(self.steps, instead))
@@ -580,6 +610,11 @@ def _alive_scan(step: Op, body: Body, needed: set[int]) -> Op:
         step, inputs=tuple(step.inputs[k] for k in chosen), body=inner,
         outputs=tuple(step.outputs[k] for k in [*kept, *(n + k for k in stacked)]),
     )  # fmt: skip
+
+
+def _made(body: Body) -> set[int]:
+    found = {v for step in body.steps for v in step.outputs}
+    return found.union(*(_made(step.body) for step in body.steps if step.body is not None))
 
 
 def _rewire(ops: list[Op], instead: dict[int, int]) -> list[Op]:

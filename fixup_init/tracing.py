@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fixup_init import frameworks, graph, jaxprs, normalization, residual
 from fixup_init.frameworks import Application, ModelError
-from fixup_init.frameworks.application import path_of
+from fixup_init.frameworks.application import arrays_in, path_of
 
 __all__ = ["NORMALIZATION", "Traced", "check_normalization", "trace", "without_normalization"]
 
@@ -66,22 +66,12 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     application = frameworks.adapt(model, args, kwargs)
 
     arguments = (application.params, application.state, application.noise, application.inputs.abstract)
-    results: list[Any] = []
-
-    def arrays_of(*a: Any) -> Any:
-        results.append(application.apply(*a))
-        return [leaf for leaf in jax.tree.leaves(results[0]) if isinstance(leaf, jax.Array)]
-
-    try:
-        closed, shapes = jaxprs.jaxpr_of(arrays_of, *arguments)
-    except Exception as error:
-        raise ModelError(frameworks.failed(application.name, "traced", args, kwargs, error)) from error
-    if not shapes:
+    program, result = application.traced or _program(application, arguments, args, kwargs)
+    if not program.outputs:
         raise ModelError(
-            f"{application.name} returned {_shown(results[0])}, which holds no array. The structure is that of what "
+            f"{application.name} returned {_shown(result)}, which holds no array. The structure is that of what "
             "leads to an output: let the model return an array or a tree of arrays (method= picks another method)."
         )
-    program = jaxprs.flatten(closed)
     leaves = [
         graph.Leaf(path_of(path), tuple(leaf.shape), leaf.dtype, kind)
         for kind, tree in zip(("param", "state", "noise"), arguments[:3], strict=True)
@@ -92,6 +82,20 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
         for name, a in zip(application.inputs.names, application.inputs.abstract, strict=True)
     ]
     return _understood(application, program, leaves)
+
+
+def _program(application: Application, arguments: Any, args: Any, kwargs: Any) -> tuple[jaxprs.Program, Any]:
+    results: list[Any] = []
+
+    def arrays_of(*a: Any) -> Any:
+        results.append(application.apply(*a))
+        return arrays_in(results[0])
+
+    try:
+        closed, _ = jaxprs.jaxpr_of(arrays_of, *arguments)
+    except Exception as error:
+        raise ModelError(frameworks.failed(application.name, "traced", args, kwargs, error)) from error
+    return jaxprs.flatten(closed), results[0]
 
 
 def check_normalization(value: str) -> None:

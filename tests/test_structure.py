@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from zoo import IMAGES, VECTORS, ZOO, Case, Plain, Stacked
+from zoo_families import FAMILIES
 
 import fixup_init as fi
 from fixup_init.models.resnet import ResNet, cifar_resnet
 
 
-@pytest.mark.parametrize("case", ZOO, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", ZOO + FAMILIES, ids=lambda c: c.name)
 def test_structure_is_exact(case: Case) -> None:
     s = fi.structure(case.make(), *case.inputs)
     assert s.num_branches == case.L

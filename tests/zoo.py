@@ -87,10 +87,12 @@ class Decoder(nn.Module):
 class SqueezeExcite(nn.Module):
     """Residual blocks with a squeeze-and-excite gate (Hu et al. 2018)."""
 
+    layers: int = 2
+
     @nn.compact
     def __call__(self, x: Any) -> Any:
         x = nn.Conv(16, (3, 3))(x)
-        for _ in range(2):
+        for _ in range(self.layers):
             y = nn.Conv(16, (3, 3))(nn.relu(nn.Conv(16, (3, 3))(x)))
             gate = nn.sigmoid(nn.Dense(16)(nn.relu(nn.Dense(4)(y.mean((1, 2))))))
             x = x + y * gate[:, None, None]
@@ -168,10 +170,12 @@ class DenseBlocks(nn.Module):
 class PoolMixer(nn.Module):
     """A branch without weights that mixes (PoolFormer, Yu et al. 2022)."""
 
+    layers: int = 2
+
     @nn.compact
     def __call__(self, x: Any) -> Any:
         x = nn.Conv(16, (4, 4), (4, 4))(x)
-        for _ in range(2):
+        for _ in range(self.layers):
             y = nn.GroupNorm(1)(x)
             x = x + (nn.avg_pool(y, (3, 3), (1, 1), "SAME") - y)
             x = x + nn.Dense(16)(nn.gelu(nn.Dense(64)(nn.GroupNorm(1)(x))))
@@ -181,10 +185,12 @@ class PoolMixer(nn.Module):
 class ConvNeXt(nn.Module):
     """Depthwise convolution, layer norm, two dense layers, LayerScale (Liu et al. 2022)."""
 
+    layers: int = 3
+
     @nn.compact
     def __call__(self, x: Any) -> Any:
         x = nn.LayerNorm()(nn.Conv(32, (4, 4), (4, 4))(x))
-        for k in range(3):
+        for k in range(self.layers):
             y = nn.LayerNorm()(nn.Conv(32, (7, 7), feature_group_count=32)(x))
             y = nn.Dense(32)(nn.gelu(nn.Dense(128)(y)))
             x = x + y * self.param(f"scale{k}", nn.initializers.constant(1e-6), (32,))
@@ -208,10 +214,12 @@ class StandardizedConv(nn.Module):
 class NFNet(nn.Module):
     """Standardized kernels, squeeze-and-excite, and a multiplier that starts at zero."""
 
+    layers: int = 3
+
     @nn.compact
     def __call__(self, x: Any) -> Any:
         x = StandardizedConv(16)(x)
-        for k in range(3):
+        for k in range(self.layers):
             y = StandardizedConv(16)(nn.relu(StandardizedConv(16)(nn.relu(x) * 1.71)) * 1.71)
             gate = nn.sigmoid(nn.Dense(16)(nn.relu(nn.Dense(4)(y.mean((1, 2))))))
             x = x + 0.2 * (y * gate[:, None, None] * 2) * self.param(f"skip{k}", nn.initializers.zeros, ())
@@ -235,10 +243,12 @@ class Experts(nn.Module):
 class Mixer(nn.Module):
     """MLP-Mixer (Tolstikhin et al. 2021)."""
 
+    layers: int = 2
+
     @nn.compact
     def __call__(self, x: Any) -> Any:
         x = nn.Conv(32, (8, 8), (8, 8))(x).reshape(x.shape[0], -1, 32)
-        for _ in range(2):
+        for _ in range(self.layers):
             y = nn.LayerNorm()(x).swapaxes(1, 2)
             x = x + nn.Dense(16)(nn.gelu(nn.Dense(64)(y))).swapaxes(1, 2)
             x = x + nn.Dense(32)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
@@ -279,6 +289,8 @@ class Discriminator(nn.Module):
 class Llama(nn.Module):
     """RMS norm, rotary embedding, query-key norm, grouped queries, SwiGLU."""
 
+    layers: int = 2
+
     @nn.compact
     def __call__(self, x: Any) -> Any:
         angles = jnp.arange(x.shape[1])[:, None] * jnp.exp(-jnp.arange(4) / 4.0)
@@ -289,7 +301,7 @@ class Llama(nn.Module):
             return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
         x = nn.Dense(32, name="stem")(x)
-        for _ in range(2):
+        for _ in range(self.layers):
             y = nn.RMSNorm()(x)
             q, k, v = (nn.DenseGeneral((heads, 8), use_bias=False)(y) for heads in (4, 2, 2))
             q, k = nn.RMSNorm()(rotate(q)), jnp.repeat(nn.RMSNorm()(rotate(k)), 2, 2)

@@ -42,11 +42,11 @@ def haiku_mobilenet() -> fi.Function:
     return haiku(lambda x: hk.nets.MobileNetV1((1, 2, 1), (16, 32, 32), 10)(x, is_training=True), IMAGES)
 
 
-def haiku_transformer() -> fi.Function:
+def haiku_transformer(layers: int = 2) -> fi.Function:
     """The language model of Haiku's examples: pre-norm, causal and padding mask, dropout."""
 
     def forward(tokens: Any, key: Any) -> Any:
-        keys = iter(jax.random.split(key, 4))
+        keys = iter(jax.random.split(key, 2 * layers))
 
         def norm(x: Any) -> Any:
             return hk.LayerNorm(axis=-1, create_scale=True, create_offset=True)(x)
@@ -55,7 +55,7 @@ def haiku_transformer() -> fi.Function:
         n = tokens.shape[1]
         mask = (tokens != 0)[:, None, None] * np.tril(np.ones((1, 1, n, n)))
         h = hk.Embed(50, 32)(tokens) + hk.get_parameter("positions", [n, 32], init=init)
-        for _ in range(2):
+        for _ in range(layers):
             y = norm(h)
             y = hk.MultiHeadAttention(4, 8, model_size=32, w_init=init)(y, y, y, mask=mask)
             h = h + hk.dropout(next(keys), 0.1, y)
@@ -162,11 +162,11 @@ class EquinoxTransformer(eqx.Module):
     head: eqx.nn.Linear
     scanned: bool = eqx.field(static=True)
 
-    def __init__(self, key: Any, scanned: bool = False) -> None:
+    def __init__(self, key: Any, scanned: bool = False, layers: int = 2) -> None:
         a, b, c = jax.random.split(key, 3)
         self.table, self.norm = eqx.nn.Embedding(50, 32, key=a), eqx.nn.LayerNorm(32)
         self.head = eqx.nn.Linear(32, 50, key=b)
-        keys = jax.random.split(c, 2)
+        keys = jax.random.split(c, layers)
         self.blocks = eqx.filter_vmap(EquinoxBlock)(keys) if scanned else [EquinoxBlock(k) for k in keys]
         self.scanned = scanned
 
@@ -189,7 +189,7 @@ class EquinoxResNet(eqx.Module):
     norms: list[list[eqx.nn.BatchNorm]]
     head: eqx.nn.Linear
 
-    def __init__(self, key: Any, mode: Any) -> None:
+    def __init__(self, key: Any) -> None:
         keys = iter(jax.random.split(key, 16))
 
         def conv(n: int, m: int, size: int, stride: int = 1) -> Any:
@@ -200,7 +200,7 @@ class EquinoxResNet(eqx.Module):
         self.convs = [
             [conv(n, m, 3, m // n), conv(m, m, 3), *([conv(n, m, 1, m // n)] if n != m else [])] for n, m in widths
         ]
-        self.norms = [[eqx.nn.BatchNorm(m, "batch", mode=mode) for _ in range(3)] for _, m in widths]
+        self.norms = [[eqx.nn.BatchNorm(m, "batch", mode="batch") for _ in range(3)] for _, m in widths]
 
     def __call__(self, x: Any, state: Any) -> Any:
         x = self.stem(x)
@@ -213,8 +213,8 @@ class EquinoxResNet(eqx.Module):
         return self.head(x.mean((1, 2))), state
 
 
-def equinox_resnet(mode: str) -> fi.Function:
-    model, state = eqx.nn.make_with_state(EquinoxResNet)(jax.random.key(0), mode)
+def equinox_resnet() -> fi.Function:
+    model, state = eqx.nn.make_with_state(EquinoxResNet)(jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_array)
 
     def apply(params: Any, x: Any) -> Any:
@@ -334,9 +334,7 @@ FRAMEWORKS: tuple[Case, ...] = (
          "table/weight", "head/weight"),
     Case("equinox-scan", lambda: equinox(lambda key: EquinoxTransformer(key, True)), (TOKENS,), 4, ATTENTION + GATED,
          3, "table/weight", "head/weight"),
-    case("equinox-resnet", lambda: equinox_resnet("batch"), (IMAGES,), RESNET, 7, "stem/weight", "head/weight"),
-    # Statistics are a running average that holds this batch's.
-    case("equinox-resnet-ema", lambda: equinox_resnet("ema"), (IMAGES,), RESNET, 7, "stem/weight", "head/weight"),
+    case("equinox-resnet", equinox_resnet, (IMAGES,), RESNET, 7, "stem/weight", "head/weight"),
     case("equinox-gru", lambda: equinox(EquinoxGRU), (TOKENS,), (), 0, "table/weight", "head/weight"),
     case("nnx-transformer", lambda: nnx.eval_shape(lambda: NNXTransformer(False, NNX(0))), (TOKENS,),
          (ATTENTION + MLP) * 2, 5, "table/embedding", "table/embedding"),

@@ -598,7 +598,8 @@ class NFResNet(nn.Module):
 
 
 class FPN(nn.Module):
-    """A feature pyramid (Lin et al. 2017): lateral projections are added to what comes down from coarser levels."""
+    """A feature pyramid (Lin et al. 2017): lateral projections are added to what comes down from coarser levels. Both
+    terms of such a sum are outputs of one stream at different depths: neither is the other's skip."""
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
@@ -719,7 +720,8 @@ VISION: tuple[Case, ...] = (
          (ATTENTION * 2 + branch(2, 3.0) + branch(8, 2.0)) * 2, 9),
     # One dense layer makes both gates of a block: neither branch has it to itself.
     case("dit", DiT, (IMAGES, STEPS, LABELS), (ATTENTION + MLP) * 2, 5),
-    case("vae", ConvVAE, (IMAGES,), branch(2, 1.0) * 2, 5, head=None),
+    # Mean and deviation are outputs too, and lead on to the decoder: states on the way, no heads.
+    case("vae", ConvVAE, (IMAGES,), branch(2, 1.0) * 2, 5, head="Conv_10/kernel"),
     # The condition's kernels are the branch's own: scale and shift behind the last norm shrink with them.
     case("gan-class", Generator, (LATENTS, LABELS), branch(3, 2.0, "projection") * 2, 5),
     case("gan-class-fused", lambda: Generator(fused=True), (LATENTS, LABELS), branch(3, 2.0, "projection") * 2, 5),
@@ -734,8 +736,8 @@ VISION: tuple[Case, ...] = (
     case("skipinit", SkipInit, (IMAGES,), MLP * 3, 0),
     case("nf-resnet", NFResNet, (IMAGES,), branch(3, 0.0, "projection") + branch(3, 0.0) * 2, 0,
          "StandardizedConv_0/w"),
-    # A lateral projection beside deeper stages is a projection shortcut beside a branch.
-    case("fpn", FPN, (IMAGES,), branch(2, 2.0, "projection") + branch(3, 2.0, "projection"), 0, "stage0/kernel", None),
+    # The deeper stages go on to an output of their own: no branch beside a projection.
+    case("fpn", FPN, (IMAGES,), (), 0, "stage0/kernel", None),
     case("impala", Impala, (IMAGES,), MLP * 4, 0, "section0/kernel", None),
     case("film", FiLM, (IMAGES, LATENTS), branch(1, 0.0) * 2, 3),
     case("tied-autoencoder", TiedAutoencoder, (IMAGES,), (), 0, "w", "w"),

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fixup_init.jaxprs import Program
+
 __all__ = [
-    "Application", "Arguments", "ModelError", "is_array", "path_of", "split_arguments",
+    "Application", "Arguments", "ModelError", "arrays_in", "is_array", "path_of", "split_arguments",
     "wanted_leaves",
 ]  # fmt: skip
 
@@ -26,7 +28,8 @@ class Application:
 
     `initial(key, wanted)` gives the leaves of (params, state) as the model's own initializers draw them, None for those
     that are not wanted; `combine(params, state)` gives back the framework's form (variables, module), `separate` takes
-    that form apart.
+    that form apart. `traced` is what tracing `apply` would give, where that came out on the way: the program, its
+    inputs the leaves of (params, state, noise, inputs), and the result.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Application:
     initial: Callable[[Any, Sequence[bool]], list[Any]]
     combine: Callable[[Any, Any], Any]
     separate: Callable[[Any], tuple[Any, Any]]
+    traced: tuple[Program, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,11 @@ class Arguments:
 
 def is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct, np.generic))
+
+
+def arrays_in(result: Any) -> list[Any]:
+    """The arrays among the leaves of a traced result."""
+    return [leaf for leaf in jax.tree.leaves(result) if isinstance(leaf, jax.Array)]
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core.scope import DenyList
 
 from fixup_init import jaxprs
-from fixup_init.frameworks.application import Application, abstract, split_arguments
+from fixup_init.frameworks.application import Application, Arguments, abstract, arrays_in, split_arguments
 
 __all__ = ["adapt"]
 
@@ -27,7 +29,9 @@ def adapt(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ap
         inner_args, inner_kwargs = arguments.restore(arrays)
         return model.init(rng, *inner_args, method=method, **inner_kwargs)
 
-    closed, shapes = jaxprs.jaxpr_of(init, key, arguments.abstract)
+    trace_init = functools.cache(lambda dtype: jaxprs.jaxpr_of(init, _key(dtype), arguments.abstract))
+    found = _in_one(model, arguments, method, key)
+    shapes, traced = found if found is not None else (trace_init(key.dtype)[1], None)
     params = shapes.get("params", {})
     state = {k: v for k, v in shapes.items() if k != "params"}
 
@@ -41,9 +45,9 @@ def adapt(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ap
 
     def initial(rng: Any, wanted: Sequence[bool]) -> list[Any]:
         """Runs what makes the wanted leaves in the trace of `init`, never the forward pass."""
-        traced = closed if rng.dtype == key.dtype else jaxprs.jaxpr_of(init, rng, arguments.abstract)[0]
-        program = jaxprs.flatten(traced)
-        _, tree = jax.tree.flatten(shapes)
+        closed, tree_of = trace_init(rng.dtype)
+        program = jaxprs.flatten(closed)
+        _, tree = jax.tree.flatten(tree_of)
         order = separate(jax.tree.unflatten(tree, program.outputs))
         chosen = [v for v, w in zip(jax.tree.leaves(order), wanted, strict=True) if w]
         drawn = iter(jaxprs.evaluate(program.returning(chosen), [rng, *arguments.arrays]) if chosen else ())
@@ -68,4 +72,58 @@ def adapt(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ap
         initial=initial,
         combine=combine,
         separate=separate,
+        traced=traced,
     )
+
+
+def _key(dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((), dtype)
+
+
+# Collections of which modules do not ask whether they are there before they use them, as they do of a cache.
+_ALWAYS_THERE = ("params", "batch_stats")
+
+
+def _in_one(model: nn.Module, arguments: Arguments, method: Any, key: Any) -> tuple[Any, Any] | None:
+    """Shapes of the variables and the program of `apply` from one trace instead of two.
+
+    `apply` without variables makes each parameter where it is used. These values become the program's inputs, and what
+    made them is dropped.
+
+    Returns:
+      (shapes, (program, result)), or None where that is not what `init` and then `apply` would give: parameters made
+      inside a scan or vmap, other collections than running statistics, random streams that are not known by name.
+    """
+    results: list[Any] = []
+
+    def both(make: Any, noise: Any, arrays: Any) -> Any:
+        inner_args, inner_kwargs = arguments.restore(arrays)
+        result, variables = model.apply(
+            {}, *inner_args, rngs={"params": make, "dropout": noise}, mutable=DenyList("intermediates"), method=method,
+            **inner_kwargs,
+        )  # pyright: ignore[reportGeneralTypeIssues]  # fmt: skip
+        results.append(result)
+        params = variables.get("params", {})
+        return arrays_in(result), params, {k: v for k, v in variables.items() if k != "params"}
+
+    try:
+        closed, (outputs, params, state) = jaxprs.jaxpr_of(both, key, key, arguments.abstract)
+    except Exception:  # told with its reason by `init`
+        return None
+    if not set(state) <= set(_ALWAYS_THERE):
+        return None
+    program = jaxprs.flatten(closed)
+    make, noise, *inputs = program.inputs
+    n = len(outputs)
+    variables = program.outputs[n:]
+    reads = [*variables, noise, *inputs]
+    whole = program.returning(program.outputs[:n])
+    cut = whole.reading(reads)
+    if cut is None or any(make in op.inputs for op in cut.ops):
+        return None
+    used = {v for op in cut.ops for v in op.inputs}
+    read = [v for v in variables[len(jax.tree.leaves(params)) :] if v in used]
+    if read and not set(read).isdisjoint(whole.following(inputs)):
+        return None  # statistics that are updated and then read
+    shapes = {"params": params, **state} if params or not state else state
+    return shapes, (cut, results[0])
