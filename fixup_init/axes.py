@@ -15,7 +15,7 @@ from fixup_init import jaxprs
 from fixup_init.graph import Graph
 from fixup_init.jaxprs import Op, p
 
-__all__ = ["Piece", "batch_axes", "follow", "reduced"]
+__all__ = ["Piece", "Pieces", "batch_axes", "follow", "mixes", "reduced"]
 
 
 class Piece(NamedTuple):
@@ -32,6 +32,9 @@ _REDUCTIONS = frozenset({
     p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.reduce_prod_p, p.reduce_and_p, p.reduce_or_p, p.argmax_p,
     p.argmin_p, p.reduce_p, p.reduce_xor_p, p.psum_p, p.pmax_p, p.pmin_p,
 })  # fmt: skip
+_WINDOWS = frozenset({p.reduce_window_sum_p, p.reduce_window_p, p.reduce_window_max_p, p.reduce_window_min_p})
+_CUMULATIVE = frozenset({p.cumsum_p, p.cummax_p, p.cummin_p})
+_MIXING = _REDUCTIONS | _WINDOWS | _CUMULATIVE | {p.dot_general_p}
 
 
 def batch_axes(graph: Graph) -> dict[int, Pieces]:
@@ -63,6 +66,11 @@ def follow(graph: Graph, ops: Iterable[int], starts: Mapping[int, Pieces]) -> di
     return known
 
 
+def mixes(op: Op) -> bool:
+    """Whether an operation may mix an axis away."""
+    return op.primitive in _MIXING
+
+
 def reduced(graph: Graph, op: Op, known: Mapping[int, Pieces]) -> bool:
     """Whether an operation mixes a followed axis away, wholly or in part."""
     if op.primitive in _REDUCTIONS:
@@ -70,10 +78,10 @@ def reduced(graph: Graph, op: Op, known: Mapping[int, Pieces]) -> bool:
     if op.primitive is p.dot_general_p:
         contract = op.params["dimension_numbers"][0]
         return any(q.axis in contract[s] for s in (0, 1) for q in known.get(op.inputs[s], ()))
-    if op.primitive in (p.reduce_window_sum_p, p.reduce_window_p, p.reduce_window_max_p, p.reduce_window_min_p):
+    if op.primitive in _WINDOWS:
         window = op.params["window_dimensions"]
         return any(window[q.axis] > 1 for q in known.get(op.inputs[0], ()))
-    if op.primitive in (p.cumsum_p, p.cummax_p, p.cummin_p):
+    if op.primitive in _CUMULATIVE:
         return any(q.axis == op.params["axis"] for q in known.get(op.inputs[0], ()))
     return False
 

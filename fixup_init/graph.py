@@ -417,8 +417,8 @@ class Split:
     colors: dict[int, int]  # node after the split -> bit mask of the terms that it leads to
 
 
-_BUDGET = 96  # nodes to walk before asking whether the ancestors of one term are few
-_FEW = 256
+_BUDGET = 48  # nodes to walk before asking whether the ancestors of one term are few
+_FEW = 96
 
 
 class _Walk:

@@ -299,13 +299,19 @@ def _with_axes(graph: Graph, norm: Norm, batch: Mapping[int, axes.Pieces]) -> No
     """The axes of the normalized value that its statistics are taken over, and whether the batch is among them."""
     ops = sorted(n - len(graph.inputs) for n in norm.region)
     made = [graph.program.ops[k] for k in ops]
-
-    def is_reduced(axis: int, size: int) -> bool:
-        known = axes.follow(graph, ops, {norm.source: (axes.Piece(axis, size),)})
-        return any(axes.reduced(graph, op, known) for op in made)
-
-    over = tuple(a for a, n in enumerate(graph.program.shape(norm.source)) if is_reduced(a, n))
-    return dataclasses.replace(norm, axes=over, batch=any(axes.reduced(graph, op, batch) for op in made))
+    shape = graph.program.shape(norm.source)
+    mixing = [op for op in made if axes.mixes(op)]
+    if all(op.primitive is p.reduce_sum_p and graph.program.shape(op.inputs[0]) == shape for op in mixing):
+        over = {int(a) for op in mixing for a in op.params["axes"]}
+    else:
+        over = set()
+        for axis, size in enumerate(shape):
+            known = axes.follow(graph, ops, {norm.source: (axes.Piece(axis, size),)})
+            if any(axes.reduced(graph, op, known) for op in mixing):
+                over.add(axis)
+    return dataclasses.replace(
+        norm, axes=tuple(sorted(over)), batch=any(axes.reduced(graph, op, batch) for op in mixing)
+    )
 
 
 def _is(graph: Graph, node: int, *primitives: object) -> bool:

@@ -122,10 +122,13 @@ def find(graph: Graph, norms: tuple[Norm, ...]) -> tuple[tuple[Residual, ...], t
         elif isinstance(verdict, Undecided):
             search.undecided.append(verdict)
     found = [search.residuals[node] for node in sorted(search.residuals)]
+    projections: dict[int, list[Residual]] = {}
+    for r in found:
+        if r.skip == "projection":
+            projections.setdefault(r.split, []).append(r)
     conditions = {
-        r.split for r in found for other in found
-        if r.skip == other.skip == "projection" and other.split == r.split
-        and any(graph.node_of[r.sum] in b.nodes for b in other.branches)
+        split for split, several in projections.items()
+        if any(graph.node_of[r.sum] in b.nodes for r in several for other in several for b in other.branches)
     }  # fmt: skip
     kept = tuple(
         r for r in found
@@ -579,7 +582,10 @@ def _branch(search: _Search, term: _Term) -> Branch:
     used = {n: graph.layers[n].kernel for n in layers}
     question = functools.partial(_shares, graph, ops, end)
     order, shares = question([(graph.layers[n].kernels, arms_of(graph, n)) for n in layers], None)
-    free_order, free = question([((used[n],), arms_of(graph, n)) for n in layers], search.transparent)
+    if _is_plain(search, ops, layers):
+        free_order, free = order, {used[n]: shares[graph.layers[n].kernels[0]] for n in layers}
+    else:
+        free_order, free = question([((used[n],), arms_of(graph, n)) for n in layers], search.transparent)
     value = tuple(n for n in layers if free[used[n]] >= 1)
     depth, last = _chain(graph, nodes, layers, value)
     roles: dict[int, Role] = {n: "value" if n in value else _steers(graph, n, set(nodes), search.normed) for n in layers}
@@ -591,6 +597,19 @@ def _branch(search: _Search, term: _Term) -> Branch:
     return Branch(
         end, frozenset(nodes), layers, depth, order, free_order, roles, last, shares,
         _closing(graph, ops, end, tuple(others)),
+    )  # fmt: skip
+
+
+def _is_plain(search: _Search, ops: list[int], layers: tuple[int, ...]) -> bool:
+    """Whether kernels are parameters as they are, each used once, and no normalization follows one: with and without
+    normalizations the orders are the same then."""
+    graph = search.graph
+    kernels = [graph.layers[n].kernel for n in layers]
+    first = layers[0] - len(graph.inputs) if layers else 0
+    return (
+        len(set(kernels)) == len(kernels)
+        and all(v in graph.leaves for v in kernels)
+        and not any(k >= first and k + len(graph.inputs) in search.normed for k in ops)
     )  # fmt: skip
 
 
@@ -612,25 +631,27 @@ def _shares(
     """The order of a branch's end in all its kernels, and how much of it each is, by value.
 
     Two kernels in parallel have one order between them; what is joined to one kernel shrinks together. All questions
-    are asked at once: entry 0 is the whole; then come the whole and the rest without kernel k, each in the arms of
-    conditionals where kernel k is.
+    are asked at once: entry 0 is the whole, entry k the rest without kernel k; where there are conditionals, in the
+    arms where kernel k is, and then entry n + k is the whole in these arms.
     """
     groups: dict[int, tuple[tuple[int, ...], dict[int, Arm]]] = {}
     for values, arms in kernels:
         groups.setdefault(values[0], (values, arms))
     n = len(groups)
-    seeds: dict[int, Order] = {v: np.ones(1 + 2 * n) for values, _ in groups.values() for v in values}
+    armed = any(arms for _, arms in groups.values())
+    size = 1 + 2 * n if armed else 1 + n
+    seeds: dict[int, Order] = {v: np.ones(size) for values, _ in groups.values() for v in values}
     runs: dict[int, np.ndarray] = {}
-    for k, (values, arms) in enumerate(groups.values()):
+    for k, (values, arms) in enumerate(groups.values(), 1):
         for v in values:
-            seeds[v][2 + 2 * k] = 0.0  # pyright: ignore[reportIndexIssue]
+            seeds[v][k] = 0.0  # pyright: ignore[reportIndexIssue]
         for switch, arm in arms.items():
-            runs.setdefault(switch, np.full(1 + 2 * n, -1))[1 + 2 * k : 3 + 2 * k] = arm.index
-    found = np.broadcast_to(orders(graph, ops, seeds, transparent, runs or None).get(end, 0.0), (1 + 2 * n,))
+            runs.setdefault(switch, np.full(size, -1))[[k, k + n]] = arm.index
+    found = np.broadcast_to(orders(graph, ops, seeds, transparent, runs or None).get(end, 0.0), (size,))
     if not math.isfinite(found[0]):
         return float(found[0]), dict.fromkeys(seeds, 0.0)
     with np.errstate(invalid="ignore"):
-        share = found[1::2] - found[2::2]
+        share = (found[n + 1 :] if armed else found[0]) - found[1 : n + 1]
     return float(found[0]), {
         v: float(s) if math.isfinite(s) else 0.0
         for (values, _), s in zip(groups.values(), share, strict=True) for v in values
@@ -653,7 +674,7 @@ def _closing(graph: Graph, ops: list[int], end: int, leaves: tuple[int, ...]) ->
         if enough.any():
             chosen = list(latest[: start + int(enough.argmax()) + 1])
             break
-    for leaf in tuple(chosen):
+    for leaf in tuple(chosen) if len(chosen) > 1 else ():
         rest = [v for v in chosen if v != leaf]
         if rest and orders(graph, ops, dict.fromkeys(rest, 1.0)).get(end, 0.0) >= 1:
             chosen = rest

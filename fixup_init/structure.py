@@ -16,7 +16,7 @@ from fixup_init.plain import plain
 from fixup_init.residual import Branch as BranchNodes
 from fixup_init.residual import Residual, arms_of
 from fixup_init.residual import Undecided as UndecidedNodes
-from fixup_init.tracing import Traced, trace
+from fixup_init.tracing import Traced, trace, uncollected
 
 __all__ = [
     "Arm", "Branch", "LayerInfo", "NormInfo", "Parameter", "Region", "Structure", "StructureError", "Undecided",
@@ -274,7 +274,8 @@ def structure(model: Any, *args: Any, normalization: str = "kept", **kwargs: Any
       >>> s.num_branches, s.branches[0].depth, s.branches[0].order
       (9, 2, 2.0)
     """
-    return of_trace(trace(model, args, kwargs, normalization))
+    with uncollected():
+        return of_trace(trace(model, args, kwargs, normalization))
 
 
 def of_trace(traced: Traced) -> Structure:

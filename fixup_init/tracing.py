@@ -15,7 +15,7 @@ from fixup_init import frameworks, graph, jaxprs, normalization, residual
 from fixup_init.frameworks import Application, ModelError
 from fixup_init.frameworks.application import arrays_in, path_of
 
-__all__ = ["NORMALIZATION", "Traced", "check_normalization", "trace", "without_normalization"]
+__all__ = ["NORMALIZATION", "Traced", "check_normalization", "trace", "uncollected", "without_normalization"]
 
 NORMALIZATION = ("kept", "removed")
 
@@ -44,13 +44,13 @@ def trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], normalizati
       ModelError: the model fails on these inputs, or returns no array.
     """
     check_normalization(normalization_)
-    with _uncollected():
+    with uncollected():
         traced = _trace(model, args, kwargs)
         return traced if normalization_ == "kept" else without_normalization(traced)
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Pauses garbage collection: a trace makes millions of objects and drops few, and looking through them again and
     again takes an eighth of the time."""
     enabled = gc.isenabled()

@@ -10,14 +10,14 @@ have fewer weights than what lies beside it.
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import HealthCheck, assume, given, note, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import fixup_init as fi
@@ -29,21 +29,6 @@ INPUTS = (
     jax.eval_shape(lambda: jax.random.key(0)),
 )
 
-# What is generated but read otherwise by the library today, by tag of `open_questions`.
-OPEN = frozenset({
-    "a source as it is",
-    "another source at the end of a branch",
-    "formula at the end of a branch",
-    "hard_tanh",
-    "loop in a branch",
-    "norm of a sigmoid",
-    "projection beside a branch that does not vanish with its start",
-    "scale and shift by one source",
-    "sum of a residual and another source",
-    "sum with a difference",
-    "two layers of another source",
-})  # fmt: skip
-
 
 def step(cls: type) -> Any:
     return dataclasses.dataclass(frozen=True)(cls)
@@ -51,9 +36,9 @@ def step(cls: type) -> Any:
 
 @step
 class Dense:
-    form: str = "matmul"  # or einsum, left (the kernel is the left operand), conv, conv3
+    form: str = "matmul"  # or einsum, left (the kernel is the left operand), written (product and sum), conv, conv3
     bias: bool = False
-    kernel: str = "plain"  # or halved, standardized
+    kernel: str = "plain"  # or halved, standardized, concatenated (of two), low_rank (w + a b)
     width: int = 8
 
 
@@ -132,8 +117,8 @@ class Residual:
 
     branches: tuple[tuple[Any, ...], ...]
     skip: str = "identity"  # projection, flip, pad, pool
-    factors: tuple[str, ...] = ()  # of the branches: none, constant, scalar, vector
-    shared: tuple[Any, ...] = ()  # weightless steps in front of all branches
+    factors: tuple[str, ...] = ("none",) * 3  # of the branches: none, constant, scalar, vector
+    shared: tuple[Any, ...] = ()  # steps in front of all branches
     at: int = 0  # place of the skip among the terms
     skip_first: bool = True  # evaluated before the branches
     skip_factor: str = "none"
@@ -143,9 +128,26 @@ class Residual:
 
 
 @step
+class Toward:
+    """x + c (f(x) - x): a residual of branch f, unless c is an activation (a gate) or absent (straight-through)."""
+
+    steps: tuple[Any, ...]
+    factor: str = "constant"  # none, scalar, vector, gate
+
+
+@step
+class Cond:
+    """One of several chains; the last one may return zeros."""
+
+    arms: tuple[tuple[Any, ...], ...]
+    zero: bool = False  # one more arm
+    routed: bool = False  # by the stream and not by chance
+
+
+@step
 class Scan:
     steps: tuple[Any, ...]
-    length: int
+    length: int = 2
 
 
 @step
@@ -153,13 +155,13 @@ class Reuse:
     """The same steps with the same parameters again."""
 
     steps: tuple[Any, ...]
-    times: int
+    times: int = 2
 
 
 @step
 class Net:
     steps: tuple[Any, ...]
-    stem: bool = True
+    stem: str = "dense"  # none, embedding
     head: str = "dense"  # none, pooled
     memory: tuple[Any, ...] = ()  # what encodes the memory
 
@@ -194,7 +196,8 @@ class Run:
     def __init__(self, net: Net) -> None:
         self.net = net
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.spans: dict[Any, tuple[int, int]] = {}  # parameters of a scan: end by start and body
+        self.facts: dict[str, tuple[str, int, int]] = {}  # kind and fans, by weight
+        self.spans: dict[Any, Any] = {}  # parameters of a scan: end by start and body; of a conditional: every start
         self.lengths: list[int] = []
         self.leaves: dict[str, Any] | None = None
         self.taken = (0, 0)
@@ -208,7 +211,10 @@ class Run:
         if uses_embedding(self.net):
             self.embedding = jax.nn.silu(self.layer(time, 8, bias=True))
         self.memory = self.steps(self.net.memory, memory)
-        if self.net.stem:
+        if self.net.stem == "embedding":
+            x = self.layer(jax.nn.one_hot(x.argmax(-1), 8), 8)
+            self.facts[f"w{self.taken[0] - 1:03}"] = ("embedding", 1, 8)
+        elif self.net.stem == "dense":
             x = self.layer(x, 8, bias=True)
         x = self.steps(self.net.steps, x)
         if self.net.head == "pooled":
@@ -227,8 +233,23 @@ class Run:
     def layer(self, x: Any, width: int, bias: bool = False, form: str = "matmul", kernel: str = "plain") -> Any:
         n = x.shape[-1]
         conv = form.startswith("conv") and x.ndim == 3
-        shape = ((3,) if form == "conv3" else (1,)) + (n, width) if conv else (n, width)
-        w = self.take(shape[::-1] if form == "left" else shape, kernel=True)
+        field = 3 if form == "conv3" and conv else 1
+        shape = (field, n, width) if conv else (n, width)
+        first = self.taken[0]
+
+        def take(width: int) -> Any:
+            part = (*shape[:-1], width)
+            return self.take(part[::-1] if form == "left" else part, kernel=True)
+
+        if kernel == "concatenated":
+            w = jnp.concatenate([take(width // 2), take(width // 2)], 0 if form == "left" else -1)
+        elif kernel == "low_rank":
+            a, b = shape[::-1] if form == "left" else shape[-2:]
+            w = take(width) + self.take((*shape[:-2], a, 2), kernel=a >= b) @ self.take((2, b), kernel=a < b)
+        else:
+            w = take(width)
+        for k in range(first, self.taken[0]):
+            self.facts[f"w{k:03}"] = ("conv" if conv else "dense", n * field, width * field)
         if kernel == "halved":
             w = w * 0.5
         elif kernel == "standardized":
@@ -238,6 +259,8 @@ class Run:
             y = jax.lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
         elif form == "einsum":
             y = jnp.einsum("...i,io->...o", x, w)
+        elif form == "written":
+            y = (x[..., None] * w).sum(-2)
         elif form == "left":
             y = jnp.moveaxis(jnp.tensordot(w, x, ((1,), (x.ndim - 1,))), 0, -1)
         else:
@@ -361,33 +384,62 @@ class Run:
         body = {"plain": lambda f: f, "jit": jax.jit, "remat": jax.checkpoint}[s.call]
         return body(lambda x: self.residual(s, x))(x)
 
+    def scaled(self, x: Any, factor: str) -> Any:
+        if factor == "none":
+            return x
+        return x * (0.5 if factor == "constant" else self.take(() if factor == "scalar" else x.shape[-1:]))
+
     def residual(self, s: Residual, x: Any) -> Any:
         width = x.shape[-1] * (2 if s.skip == "pad" else 1)
 
         def pool(y: Any) -> Any:
             if s.skip != "pool":
                 return y
-            return y.reshape(y.shape[0], -1, min(y.shape[1], 2), y.shape[-1]).mean(2)
-
-        def scaled(y: Any, factor: str) -> Any:
-            if factor == "none":
-                return y
-            return y * (0.5 if factor == "constant" else self.take(() if factor == "scalar" else y.shape[-1:]))
+            return y.reshape(y.shape[0], -1, 2 if y.shape[1] > 2 else 1, y.shape[-1]).mean(2)
 
         def skip() -> Any:
             y = x[:, ::-1] if s.skip == "flip" else pool(x)
             if s.skip == "pad":
                 y = jnp.pad(y, ((0, 0), (0, 0), (0, width - y.shape[-1])))
-            return scaled(self.layer(y, width, bias=True) if s.skip == "projection" else y, s.skip_factor)
+            return self.scaled(self.layer(y, width, bias=True) if s.skip == "projection" else y, s.skip_factor)
 
         first = skip() if s.skip_first else None
         inner = self.steps(s.shared, x)
-        terms = [scaled(pool(self.steps(b, inner, width)), f) for b, f in zip(s.branches, s.factors, strict=True)]
+        terms = [self.scaled(pool(self.steps(b, inner, width)), f) for b, f in zip(s.branches, s.factors, strict=False)]
         terms.insert(s.at, first if s.skip_first else skip())
         total = terms[0]
         for k, term in enumerate(terms[1:], 1):
             total = total - term if k == s.minus else total + term
         return total / 2**0.5 if s.scaled else total
+
+    def run_Toward(self, s: Toward, x: Any) -> Any:
+        difference = self.steps(s.steps, x, x.shape[-1]) - x
+        if s.factor == "gate":
+            return x + jax.nn.sigmoid(self.layer(x, x.shape[-1], bias=True)) * difference
+        return x + self.scaled(difference, s.factor)
+
+    def run_Cond(self, s: Cond, x: Any) -> Any:
+        start = self.taken
+        starts = self.spans.setdefault((start, s), [])
+        if self.leaves is None:
+            for arm in s.arms:
+                starts.append(self.taken)
+                self.steps(arm, x, x.shape[-1])
+            starts.append(self.taken)
+            return x
+
+        def run(k: int, x: Any) -> Any:
+            self.taken = starts[k]
+            return self.steps(s.arms[k], x, x.shape[-1])
+
+        arms = [functools.partial(run, k) for k in range(len(s.arms))] + [jnp.zeros_like] * s.zero
+        if s.routed:
+            index = jnp.where(x.mean() > 0, len(arms) - 1, 0)
+        else:
+            index = jax.random.randint(self.key, (), 0, len(arms))
+        x = jax.lax.cond(index == 1, arms[1], arms[0], x) if len(arms) == 2 else jax.lax.switch(index, arms, x)
+        self.taken = starts[-1]
+        return x
 
     def run_Scan(self, s: Scan, x: Any) -> Any:
         start = self.taken
@@ -430,6 +482,8 @@ class Found:
     skip_weights: tuple[str, ...]
     repeats: int
     norms: int
+    arms: tuple[tuple[int, int, int], ...] = ()
+    alternatives: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -479,7 +533,10 @@ class Walk:
 
     def __init__(self, net: Net) -> None:
         self.names = 0
-        self.layers: list[str] = []  # in trace order, by name
+        self.layers: list[tuple[str, ...]] = []  # in trace order, by the names of what each kernel is joined from
+        self.arms: list[tuple[tuple[int, int, int], ...]] = []  # (conditional, arm, arms) around each layer
+        self.arm: tuple[tuple[int, int, int], ...] = ()
+        self.switches = self.count = 0
         self.norms = 0
         self.branches: list[Found] = []
         self.inside: set[int] = set()  # layers in branches and on skips
@@ -490,22 +547,27 @@ class Walk:
         if uses_embedding(net):
             self.embedding = self.layer(Flow())
         self.memory = self.steps(net.memory, Flow())
-        x = self.layer(Flow()) if net.stem else Flow()
+        x = Flow() if net.stem == "none" else self.layer(Flow())
         x = self.steps(net.steps, x)
         if net.head != "none":
             x = self.layer(x)
         last = set() if self.inside & x.feeds else x.feeds  # an output of a residual sum has no head
         self.open_heads = len(last) > 1
-        self.heads = {self.layers[k] for k in last} if len(last) == 1 else set()
+        self.heads = {w for k in last for w in self.layers[k]} if len(last) == 1 else set()
         free = [k for k in range(len(self.layers)) if k not in self.inside and not (len(last) == 1 and k in last)]
         stems = free[:1] if self.split is None else [k for k in free if k in self.split.above]
-        self.stems = [self.layers[k] for k in stems]
+        self.stems = self.named(stems)
 
-    def layer(self, x: Flow, standardized: bool = False) -> Flow:
-        name = f"w{self.names:03}"
-        self.names += 1
-        y = x.change(lambda d: d + (not standardized), lambda d: d + 1, lambda c: c + 1)
-        self.layers.append(name)
+    def named(self, layers: Iterable[int]) -> tuple[str, ...]:
+        return tuple(w for k in layers for w in self.layers[k])
+
+    def layer(self, x: Flow, kernel: str = "plain") -> Flow:
+        joined = 2 if kernel in ("concatenated", "low_rank") else 1
+        names = tuple(f"w{k:03}" for k in range(self.names, self.names + joined))
+        self.names += joined
+        y = x.change(lambda d: d + (kernel != "standardized"), lambda d: d + 1, lambda c: c + 1)
+        self.layers.append(names)
+        self.arms.append(self.arm)
         this = frozenset({len(self.layers) - 1})
         return dataclasses.replace(y, feeds=this, above=x.above | this)
 
@@ -523,7 +585,7 @@ class Walk:
         return x
 
     def walk_Dense(self, s: Dense, x: Flow) -> Flow:
-        return self.layer(x, s.kernel == "standardized")
+        return self.layer(x, s.kernel)
 
     def walk_Act(self, s: Act, x: Flow) -> Flow:
         return x.change(ACTS[s.name][1])
@@ -606,28 +668,62 @@ class Walk:
             skip()
         start, norms = len(self.layers), self.norms
         inner = self.steps(s.shared, x.opened())
-        common, common_norms = self.layers[start:], self.norms - norms
+        common, common_norms = range(start, len(self.layers)), self.norms - norms
+        self.inside.update(common)
         ends: list[Flow] = []
         found: list[Found] = []
         for branch in s.branches:
             start, norms = len(self.layers), self.norms
             y = self.steps(branch, inner)
-            self.inside.update(range(start, len(self.layers)))
-            order, free, depth = y.frames[-1]
-            found.append(
-                Found(
-                    (*common, *self.layers[start:]), depth, order, free,
-                    {"flip": "reshape", "pad": "reshape", "pool": "reshape"}.get(s.skip, s.skip), (), self.repeats,
-                    self.norms - norms + common_norms,
-                )
-            )  # fmt: skip
+            layers = (*common, *range(start, len(self.layers)))
+            kind = {"flip": "reshape", "pad": "reshape", "pool": "reshape"}.get(s.skip, s.skip)
+            found.append(self.found(y, layers, self.norms - norms + common_norms, kind))
             ends.append(y.closed())
         if not s.skip_first:
             skip()
         ((skipped, start, end),) = skips
-        if not self.muted:
-            self.branches += [dataclasses.replace(f, skip_weights=tuple(self.layers[start:end])) for f in found]
+        self.add(dataclasses.replace(f, skip_weights=self.named(range(start, end))) for f in found)
         return total(skipped, *ends)
+
+    def found(self, end: Flow, layers: Iterable[int], norms: int, skip: str) -> Found:
+        self.inside.update(layers)
+        alternatives: dict[tuple[int, int], dict[str, None]] = {}
+        for k in layers:
+            for switch, index, _ in self.arms[k][len(self.arm) :]:
+                alternatives.setdefault((switch, index), {}).update(dict.fromkeys(self.layers[k]))
+        order, free, depth = end.frames[-1]
+        return Found(
+            self.named(layers), depth, order, free, skip, (), self.repeats, norms, self.arm,
+            tuple(tuple(alternatives[at]) for at in sorted(alternatives)),
+        )  # fmt: skip
+
+    def add(self, found: Iterable[Found]) -> None:
+        if not self.muted:
+            before = len(self.branches)
+            self.branches += found
+            self.count += self.repeats * (len(self.branches) - before)
+
+    def walk_Toward(self, s: Toward, x: Flow) -> Flow:
+        if s.factor in ("none", "gate"):
+            y = total(x, self.steps(s.steps, x))
+            return total(y, self.layer(x).change(lambda d: 0.0)) if s.factor == "gate" else y
+        self.split = self.split or x
+        start, norms = len(self.layers), self.norms
+        y = self.steps(s.steps, x.opened())
+        self.add([self.found(y, range(start, len(self.layers)), self.norms - norms, "identity")])
+        return total(x, y.closed())
+
+    def walk_Cond(self, s: Cond, x: Flow) -> Flow:
+        switch, arm, count = self.switches, self.arm, self.count
+        self.switches += 1
+        ends, counts = [], []
+        for k, steps in enumerate(s.arms):
+            self.arm, self.count = (*arm, (switch, k, len(s.arms) + s.zero)), 0
+            ends.append(self.steps(steps, x))
+            counts.append(self.count)
+        self.arm, self.count = arm, count + max(counts)
+        y = total(*ends)
+        return dataclasses.replace(y, feeds=y.feeds | x.feeds, above=y.above | x.above) if s.routed else y
 
     def walk_Scan(self, s: Scan, x: Flow) -> Flow:
         self.repeats *= s.length
@@ -637,7 +733,8 @@ class Walk:
             kept = dict(vars(self))
             self.muted = True
             for _ in range(s.length - 1):
-                self.layers, self.inside = list(kept["layers"]), set(kept["inside"])
+                self.layers, self.arms = list(kept["layers"]), list(kept["arms"])
+                self.inside = set(kept["inside"])
                 x = dataclasses.replace(self.steps(s.steps, x), feeds=x.feeds, above=x.above)
             vars(self).update(kept)
         return x
@@ -650,65 +747,62 @@ class Walk:
         return x
 
 
-def chains(steps: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """Every chain in a chain, the chain itself first."""
-    yield steps
+def parts(s: Any) -> tuple[tuple[Any, ...], ...]:
+    """The chains in a step."""
+    if isinstance(s, Residual):
+        return (s.shared, *s.branches)
+    if isinstance(s, Cond):
+        return s.arms
+    return (s.steps,) if isinstance(s, (Scan, Reuse, Toward)) else ()
+
+
+def every(steps: tuple[Any, ...]) -> Iterator[Any]:
     for s in steps:
-        if isinstance(s, Residual):
-            for inner in (s.shared, *s.branches):
-                yield from chains(inner)
-        elif isinstance(s, (Scan, Reuse)):
-            yield from chains(s.steps)
-
-
-def every(net: Net) -> Iterator[Any]:
-    for chain in (*chains(net.memory), *chains(net.steps)):
-        yield from chain
+        yield s
+        for inner in parts(s):
+            yield from every(inner)
 
 
 def uses_embedding(net: Net) -> bool:
-    return any(isinstance(s, Condition) and s.source == "embedding" for s in every(net))
+    return any(isinstance(s, Condition) and s.source == "embedding" for s in every((*net.memory, *net.steps)))
 
 
-def uses_memory(net: Net) -> bool:
-    return any(isinstance(s, Attention) and s.source == "memory" for s in every(net))
+def uses_memory(steps: tuple[Any, ...]) -> bool:
+    return any(isinstance(s, Attention) and s.source == "memory" for s in every(steps))
 
 
 def descending(steps: tuple[Any, ...]) -> int:
     """How many layers of a chain lie below its start; those of another source are not among them."""
     count = 0
     for s in steps:
-        if isinstance(s, Residual):
-            count += sum(map(descending, s.branches)) + (s.skip == "projection")
-        elif isinstance(s, Scan):
-            count += descending(s.steps)
-        elif isinstance(s, Reuse):
-            count += s.times * descending(s.steps)
-        elif isinstance(s, Attention):
+        if isinstance(s, Attention):
             count += 4 if s.source == "self" else 2
         elif isinstance(s, Decoy):
             count += {"parallel": 2, "gate": 2, "sources": 1, "noise": 2, "concatenate": 2, "experts": 3}.get(s.kind, 0)
         else:
             count += {Dense: 1, Gated: 3, Glu: 1, SqueezeExcite: 2}.get(type(s), 0)
+            count += (s.times if isinstance(s, Reuse) else 1) * sum(map(descending, parts(s)))
+            count += isinstance(s, Toward) and s.factor == "gate"
+            count += isinstance(s, Residual) and s.skip == "projection"
     return count
 
 
 def sum_at_end(steps: tuple[Any, ...]) -> Any:
     """The last step of a chain if its last operation is a bare addition."""
     s = steps[-1] if steps else None
-    if isinstance(s, Decoy) and s.kind == "dead":
+    if s == Decoy("dead"):
         return sum_at_end(steps[:-1])
     if isinstance(s, Reuse):
         return sum_at_end(s.steps)
     if isinstance(s, Residual):
-        return s if not s.scaled and s.minus != len(s.branches) else None
-    if isinstance(s, Condition) or (isinstance(s, Act) and s.name == "cubic"):
+        return None if s.scaled else s
+    if isinstance(s, (Condition, Toward)) or s == Act("cubic"):
         return s
     return s if isinstance(s, Decoy) and s.kind in ("parallel", "gate", "sources", "noise", "experts") else None
 
 
 def scales(steps: tuple[Any, ...]) -> bool:
-    """Whether a chain goes to zero with its start, normalizations disregarded."""
+    """Whether a chain goes to zero with its start, normalizations and what is added from elsewhere disregarded."""
     return Follow().steps(steps, Flow(((0.0, 1.0, 0),))).frames[0][1] >= 1
 
 
@@ -716,78 +810,84 @@ class Follow(Walk):
     """Orders in the start of a chain alone."""
 
     def __init__(self) -> None:
-        self.names, self.layers, self.norms, self.branches, self.inside = 0, [], 0, [], set()
-        self.split, self.repeats, self.muted = None, 1, True
-        self.memory = self.embedding = Flow()
+        super().__init__(Net((), "none", "none"))
+        self.muted = True
 
-    def layer(self, x: Flow, standardized: bool = False) -> Flow:
+    def layer(self, x: Flow, kernel: str = "plain") -> Flow:
+        self.layers.append(())
+        self.arms.append(())
         return x
 
+    def walk_Condition(self, s: Condition, x: Flow) -> Flow:
+        return x
 
-def open_questions(net: Net) -> set[str]:
-    """Tags of what in a program the library may read otherwise."""
-    tags: set[str] = set()
-    for s in every(net):
-        if isinstance(s, Act) and s.name == "hard_tanh":
-            tags.add("hard_tanh")
-        if (isinstance(s, Condition) and s.source == "hidden") or (
-            isinstance(s, Attention) and s.source == "memory" and (s.norms or s.rotary)
-        ):
-            tags.add("two layers of another source")
-        if isinstance(s, Condition) and s.form == "scale":
-            tags.add("scale and shift by one source")
-        if isinstance(s, Condition) and s.form == "raw":
-            tags.add("a source as it is")
+    def walk_Decoy(self, s: Decoy, x: Flow) -> Flow:
+        return x if s.kind == "sources" else super().walk_Decoy(s, x)
+
+
+def linear(steps: tuple[Any, ...]) -> bool:
+    """Whether a chain is a linear function of its start."""
+    return all(
+        isinstance(s, (Dense, Mask, Mix, Position, Residual, Reuse, Scan))
+        or (isinstance(s, Condition) and s.form in ("add", "raw"))
+        or (isinstance(s, Toward) and s.factor != "gate")
+        or (isinstance(s, Decoy) and s.kind in ("centre", "dead", "parallel", "sources"))
+        for s in every(steps)
+    )
+
+
+def unclear(net: Net) -> set[str]:
+    """What in a program can be read in another way than it was written, and is therefore left out; and what the library
+    reads otherwise for no good reason (marked OPEN)."""
+    found: set[str] = set()
+    for s in every((*net.memory, *net.steps)):
         if isinstance(s, Residual):
-            tags |= _questions_of_sum(s)
-    for steps in (net.memory, net.steps):
-        if _normalizes_sigmoid(steps, False)[0]:
-            tags.add("norm of a sigmoid")
-        for chain in chains(steps):
-            for a, b in itertools.pairwise(chain):
-                if isinstance(sum_at_end((a,)), Residual) and isinstance(first_step(b), Condition):
-                    tags.add("sum of a residual and another source")
-    return tags
+            found |= _unclear_sum(s)
+        elif isinstance(s, Toward):
+            found |= _unclear_branch(s.steps, "none", (), ())
+        elif isinstance(s, Cond) and not any(s.arms):
+            found.add("no conditional")
+        elif isinstance(s, Scan) and s.length > 3 and Act("squared_relu") in every(s.steps):
+            found.add("an order that is multiplied in a loop")
+    return found
 
 
-def _questions_of_sum(s: Residual) -> set[str]:
-    tags = set()
-    if 0 < s.minus < len(s.branches):
-        tags.add("sum with a difference")
-    if s.skip == "projection" and not all(scales((*s.shared, *b)) for b in s.branches):
-        tags.add("projection beside a branch that does not vanish with its start")
-    if any(isinstance(inner, Scan) for b in s.branches for chain in chains(b) for inner in chain):
-        tags.add("loop in a branch")
-    for b, f in zip(s.branches, s.factors, strict=True):
-        end = sum_at_end(b) if f == "none" and s.skip != "pool" else None
-        if isinstance(end, Condition):
-            tags.add("another source at the end of a branch")
-        elif isinstance(end, Act):
-            tags.add("formula at the end of a branch")
-    return tags
+def _unclear_branch(chain: tuple[Any, ...], factor: str, shared: tuple[Any, ...], others: tuple[Any, ...]) -> set[str]:
+    found: set[str] = set()
+    if not descending((*shared, *chain)) and (others or Mix() not in chain):
+        found.add("a branch without weights")
+    end = sum_at_end(chain) if factor == "none" else None
+    before = [s for s in (*shared, *chain[:-1]) if s != Decoy("dead")]
+    if isinstance(end, (Residual, Toward, Decoy)) and not before:
+        found.add("a sum in a sum with the same start")
+    if end == Decoy("noise"):
+        found.add("two parallel ends")
+    return found
 
 
-def first_step(s: Any) -> Any:
-    return first_step(s.steps[0]) if isinstance(s, Reuse) else s
-
-
-def _normalizes_sigmoid(steps: tuple[Any, ...], after: bool) -> tuple[bool, bool]:
-    """Whether a normalization follows a sigmoid directly, and whether the chain ends in one."""
-    hit = False
-    for s in steps:
-        if isinstance(s, Norm):
-            hit, after = hit or after, False
-        elif isinstance(s, Residual):
-            found, inner = _normalizes_sigmoid(s.shared, after)
-            hit = hit or found or any(_normalizes_sigmoid(b, inner)[0] for b in s.branches)
-            after = False
-        elif isinstance(s, (Scan, Reuse)):
-            first, after = _normalizes_sigmoid(s.steps, after)
-            again, after = _normalizes_sigmoid(s.steps, after)
-            hit = hit or first or again
-        elif s != Decoy("dead"):
-            after = s == Act("sigmoid")
-    return hit, after
+def _unclear_sum(s: Residual) -> set[str]:
+    found: set[str] = set()
+    for b, f in zip(s.branches, s.factors, strict=False):
+        found |= _unclear_branch(b, "pooled" if s.skip == "pool" else f, s.shared, () if s.skip == "identity" else (s,))
+        if s.skip == "projection":
+            if linear((*s.shared, *b)):
+                found.add("one linear map in several terms")
+            if descending((*s.shared, *b)) < 2 or not scales((*s.shared, *b)):
+                found.add("a projection beside a branch with as few weights, or one that does not scale")
+    if s.minus and not all(descending((*s.shared, *b)) for b in s.branches):
+        found.add("x - mean(x)")
+    first = s.branches[: s.at]  # summed before the skip
+    if len(first) > 1:
+        if s.minus and s.minus < s.at:
+            found.add("a difference of two branches")
+        counts = [descending(b) for b in first]
+        if s.shared and (counts.count(min(counts)) < 2 or not min(counts) or any(map(linear, first))):
+            found.add("a residual, or one linear map, behind what branches share")
+        if s.shared and any(isinstance(b[-1], (Glu, SqueezeExcite)) or sum_at_end(b) for b in first):
+            found.add("a mixture behind what branches share")
+    if 0 < s.minus < len(s.branches) and any(linear((*s.shared, *b)) for b in s.branches):
+        found.add("a difference of linear maps")
+    return found
 
 
 FACTORS = ("none", "none", "constant", "scalar", "vector")
@@ -796,9 +896,9 @@ DECOYS = ("parallel", "gate", "mean_gate", "centre", "sources", "noise", "concat
 _widths = st.sampled_from((4, 8, 16))
 _dense = st.builds(
     Dense,
-    st.sampled_from(("matmul", "matmul", "einsum", "left", "conv", "conv3")),
+    st.sampled_from(("matmul", "matmul", "einsum", "left", "written", "conv", "conv3")),
     st.booleans(),
-    st.sampled_from(("plain", "plain", "plain", "halved", "standardized")),
+    st.sampled_from(("plain", "plain", "plain", "halved", "standardized", "concatenated", "low_rank")),
     _widths,
 )
 _act = st.builds(Act, st.sampled_from(("relu", "relu", "gelu", "silu", "tanh", *ACTS)))
@@ -827,36 +927,43 @@ _plain_step = st.one_of(
 
 
 @st.composite
+def branches(draw: Any, depth: int, skip: str = "identity", shared: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+    if skip == "identity" and draw(st.integers(0, 9)) == 9:
+        return (*draw(st.lists(_weightless, max_size=1)), Mix(), *draw(st.lists(_weightless, max_size=1)))
+    chain = tuple(draw(st.lists(steps(depth, False, True), min_size=1, max_size=4)))
+    if not descending(chain) or (_unclear_branch(chain, "none", (), ()) and draw(st.booleans())):
+        chain = (*chain, draw(_dense))
+    if skip == "projection":
+        if linear((*shared, *chain)):
+            chain = (*chain, draw(_act))
+        if descending(chain) < 2:
+            chain = (draw(_dense), *chain)
+    return chain
+
+
+@st.composite
 def residuals(draw: Any, depth: int, free: bool, branch: bool = False) -> Residual:
     """A residual step; `depth` is how many more may lie inside, `free` whether it may change the shape."""
     skips = ("identity",) * 4 + ("projection", "projection", "flip") + (("pad", "pool") if free else ())
     skip = draw(st.sampled_from(skips))
     count = draw(st.sampled_from((1, 1, 1, 2, 3)))
-    branches, factors = [], []
-    for _ in range(count):
-        factor = draw(st.sampled_from(FACTORS))
-        if skip == "identity" and draw(st.integers(0, 9)) == 9:
-            chain = (*draw(st.lists(_weightless, max_size=1)), Mix(), *draw(st.lists(_weightless, max_size=1)))
-        else:
-            chain = tuple(draw(st.lists(steps(depth, False, True), min_size=1, max_size=4)))
-            if not any(isinstance(s, SETS_WIDTH) for s in chain):
-                chain = (*chain, draw(_dense))
-            if skip == "projection" and descending(chain) < 2:
-                chain = (draw(_dense), *chain)
-        end = sum_at_end(chain)
-        if factor == "none" and (isinstance(end, (Decoy, Residual)) or (end and draw(st.integers(0, 3)))):
-            factor = "constant"  # or the sum would be one of more terms
-        branches.append(chain)
-        factors.append(factor)
-    weighted = all(descending(b) for b in branches)
-    minus = draw(st.sampled_from((0, 0, 0, 0, count, count, 1))) if weighted else 0
+    shared = tuple(draw(st.lists(st.one_of(_weightless, _weightless, _dense), max_size=1)))
+    at = draw(st.integers(0, count))
+    if at > 1 and shared and draw(st.booleans()):
+        arms = [(draw(_dense), draw(_act)) for _ in range(count)]
+    else:
+        arms = [draw(branches(depth, skip, shared)) for _ in range(count)]
+    if skip == "projection" and not all(scales((*shared, *b)) for b in arms):
+        skip = "identity"
+    factors = [draw(st.sampled_from(FACTORS)) for _ in arms]
+    for k, (b, f) in enumerate(zip(arms, factors, strict=True)):
+        if f == "none" and _unclear_branch(b, f, shared, ()):
+            factors[k] = "constant"
     return Residual(
-        tuple(branches), skip, tuple(factors),
-        tuple(draw(st.lists(_weightless, max_size=1))),
-        draw(st.integers(0, count)),
+        tuple(arms), skip, tuple(factors), shared, at,
         draw(st.booleans()),
         draw(st.sampled_from(("none", "none", "none", "constant", "constant" if branch else "scalar"))),
-        minus,
+        draw(st.sampled_from((0, 0, 0, 0, count, count, 1))),
         draw(st.booleans()),
         draw(st.sampled_from(("plain", "plain", "jit", "remat"))),
     )  # fmt: skip
@@ -867,13 +974,21 @@ def steps(depth: int, free: bool, branch: bool = False) -> st.SearchStrategy[Any
         return _plain_step
     inner = st.lists(steps(depth - 1, False, branch), min_size=1, max_size=3).map(tuple)
     blocks = residuals(depth - 1, free, branch)
+    arms = st.lists(st.one_of(inner, inner, st.just(())), min_size=1, max_size=2).map(tuple)
     return st.one_of(
         _plain_step,
         _plain_step,
         *[blocks] * (6 if branch else 2),
-        st.builds(Scan, inner, st.integers(2, 4)),
+        st.builds(Scan, inner, st.integers(2, 5)),
         st.builds(Reuse, inner, st.integers(2, 3)),
+        st.builds(Toward, branches(depth - 1), st.sampled_from(("constant", "scalar", "vector", "none", "gate"))),
+        st.builds(_conditional, arms, st.booleans(), st.sampled_from((False, False, True))),
     )
+
+
+def _conditional(arms: tuple[tuple[Any, ...], ...], zero: bool, routed: bool) -> Cond:
+    """A conditional of at least two arms."""
+    return Cond(arms if zero or len(arms) > 1 else (*arms, ()), zero, routed)
 
 
 @st.composite
@@ -881,34 +996,92 @@ def nets(draw: Any) -> Net:
     body = draw(st.lists(steps(3, True), max_size=4))
     if draw(st.integers(0, 7)):
         body.insert(draw(st.integers(0, len(body))), draw(residuals(2, True)))
-    body = tuple(body)
-    net = Net(body, draw(st.booleans()), draw(st.sampled_from(("dense", "dense", "pooled", "none"))))
-    if uses_memory(net) and draw(st.booleans()):
+    stem = draw(st.sampled_from(("dense", "dense", "none", "embedding")))
+    net = Net(tuple(body), stem, draw(st.sampled_from(("dense", "dense", "pooled", "none"))))
+    if uses_memory(net.steps) and draw(st.booleans()):
         memory = tuple(draw(st.lists(st.one_of(_dense, _norm, residuals(0, False)), max_size=2)))
-        if not any(isinstance(s, Attention) and s.source == "memory" for s in every(Net(memory))):
-            net = dataclasses.replace(net, memory=memory, stem=True)
-    if uses_embedding(net):
-        net = dataclasses.replace(net, stem=True)
+        if not uses_memory(memory):
+            net = dataclasses.replace(net, memory=memory)
     return net
+
+
+def smaller(value: Any) -> Iterator[Any]:
+    """A net, step or chain, made simpler in one place."""
+    if isinstance(value, tuple):
+        for k in range(len(value)):
+            yield value[:k] + value[k + 1 :]
+        for k, s in enumerate(value):
+            for inner in parts(s):
+                yield value[:k] + inner + value[k + 1 :]
+            for t in smaller(s):
+                yield (*value[:k], t, *value[k + 1 :])
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            now = getattr(value, field.name)
+            if field.default is not dataclasses.MISSING and now != field.default:
+                yield dataclasses.replace(value, **{field.name: field.default})  # pyright: ignore[reportArgumentType]
+            if isinstance(now, tuple):
+                for less in smaller(now):
+                    if isinstance(value, Residual) and field.name == "branches":
+                        more = {"at": min(value.at, len(less)), "minus": min(value.minus, len(less))}
+                        yield dataclasses.replace(value, branches=less, **more)
+                    elif field.name != "factors":
+                        yield dataclasses.replace(value, **{field.name: less})  # pyright: ignore[reportArgumentType]
+
+
+def _fits(net: Net) -> bool:
+    """Whether a program is in the grammar, and can be read in one way only."""
+    if (net.memory or uses_embedding(net)) and net.stem == "none":
+        return False  # what is made before the stream starts is no part of a branch
+    for s in every((*net.memory, *net.steps)):
+        if not all(parts(s)[1:] if isinstance(s, Residual) else parts(s)) and not isinstance(s, Cond):
+            return False
+        if isinstance(s, Residual) and not (s.branches and 0 <= s.minus <= len(s.branches)):
+            return False
+        if isinstance(s, Residual) and s.skip == "pad":
+            if not all(any(isinstance(t, SETS_WIDTH) for t in b) for b in s.branches):
+                return False
+    return not unclear(net)
 
 
 def check(net: Net) -> None:
     expected = Walk(net)
-    found = fi.structure(Run(net).function(), *INPUTS)
+    run = Run(net)
+    found = fi.structure(run.function(), *INPUTS)
     branches = [
         Found(
             b.weights, b.depth, b.order, b.order_without_norms, b.skip, b.skip_weights, b.repeats, b.norms,
+            tuple((a.switch, a.index, a.count) for a in b.arms), b.alternatives,
         )
         for b in found.branches
     ]  # fmt: skip
     assert branches == expected.branches
-    assert found.num_branches == sum(b.repeats for b in expected.branches)
+    assert found.num_branches == expected.count
     assert len(found.norms) == expected.norms
-    assert [layer.path for layer in found.layers] == expected.layers
+    layers = [(w, *run.facts[w]) for names in expected.layers for w in names]
+    assert [(layer.path, layer.kind, layer.fan_in, layer.fan_out) for layer in found.layers] == layers
     assert list(found.stems) == list(dict.fromkeys(expected.stems))
     assert set(found.heads) == expected.heads
     assert [u.what for u in found.undecided] == ["head"] * expected.open_heads
     assert not found.unruled
+
+
+def fails(net: Net) -> bool:
+    try:
+        check(net)
+    except Exception:
+        return True
+    return False
+
+
+def _examine(net: Net) -> None:
+    assume(_fits(net))
+    if not fails(net):
+        return
+    while (less := next((n for n in smaller(net) if _fits(n) and fails(n)), None)) is not None:
+        net = less
+    print(net)
+    check(net)
 
 
 def _property(examples: int, derandomize: bool) -> Any:
@@ -916,17 +1089,11 @@ def _property(examples: int, derandomize: bool) -> Any:
 
     def decorate(test: Any) -> Any:
         return settings(
-            max_examples=examples, derandomize=derandomize, deadline=None, database=None, suppress_health_check=checks
-        )(given(nets())(test))
+            max_examples=examples, derandomize=derandomize, deadline=None, database=None,
+            suppress_health_check=checks, phases=(Phase.generate,), report_multiple_bugs=False,
+        )(given(nets())(test))  # fmt: skip
 
     return decorate
-
-
-def _examine(net: Net) -> None:
-    tags = open_questions(net)
-    assume(not tags & OPEN)
-    note(f"tags: {sorted(tags)}")
-    check(net)
 
 
 @_property(200, True)

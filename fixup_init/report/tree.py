@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Hashable, Iterator, Sequence
@@ -11,18 +12,29 @@ from fixup_init.plan import Entry, Plan
 from fixup_init.report.layout import fold, merged, number, plural, render, shape, terminal_width
 from fixup_init.report.outline import (
     Item,
+    Within,
+    arms_words,
     by_path,
+    columns,
     common_home,
-    layer_runs,
+    inner_arms,
     layer_words,
     names_within,
     norm_words,
     numbers,
     order_words,
     outline,
+    reading_words,
+    region_words,
+    settle_words,
     size_words,
+    stretches,
+    units,
+    unruled_words,
+    within,
+    within_words,
 )  # fmt: skip
-from fixup_init.structure import Branch, LayerInfo, Structure, Undecided
+from fixup_init.structure import Branch, LayerInfo, Region, Structure, Undecided
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -55,13 +67,16 @@ def rich_tree(structure: Structure) -> Tree:
     from rich.tree import Tree
 
     items = list(outline(structure))
+    drawn = _Drawn(by_path(structure), within(items))
     root = Tree(_line((structure.name, "bold"), (f"  {size_words(structure)}", "")), guide_style="dim")
-    for run in fold([item.key for item in items]):
+    found = units(items)
+    for run in fold([tuple(item.key for item in unit) for unit in found]):
         at = root
         if run.period > 1:
-            at = root.add(_line((f"{run.count} times", "bold"), (f"  {numbers(items[run.start : run.stop])}", "")))
+            own = [item for unit in found[run.start : run.stop] for item in unit]
+            at = root.add(_line((f"{run.count} times", "bold"), (f"  {numbers(own)}", "")))
         for k in range(run.period):
-            at.add(_group(structure, items[run.start + k : run.stop : run.period]))
+            drawn.add(at, found[run.start + k : run.stop : run.period])
     if not structure.heads and not any(u.what == "head" for u in structure.undecided):
         root.add(_plain("no head: no weight layer outside of branches feeds an output"))
     norms = norm_words(structure.norms)
@@ -69,43 +84,81 @@ def rich_tree(structure: Structure) -> Tree:
     unused = [p.path for p in structure.parameters if p.role == "unused"]
     if unused:
         root.add(_line(("unused parameters  ", "bold"), (_listed(unused), "")))
-    for undecided in structure.undecided:
-        _add_undecided(root, undecided)
+    _add_regions(root, structure.regions)
+    if unruled := unruled_words(structure):
+        root.add(_plain(unruled))
+    _add_undecided(root, structure.undecided)
     return root
 
 
-def _group(structure: Structure, group: Sequence[Item]) -> Text:
-    item = group[0]
-    times = f" x {len(group)}" if len(group) > 1 else ""
-    if item.branch is None:
-        assert item.layer is not None
-        path = merged(i.paths[0] for i in group)
-        return _line((f"{item.place}  ", "bold"), (path, "cyan"), (times, "bold"), (f"  {layer_words(item.layer)}", ""))
-    layers = by_path(structure)
-    homes = [common_home(i.paths) for i in group]
-    return _line(
-        (numbers(group), "bold"),
-        (f"  {merged(homes)}".rstrip(), "cyan"),
-        (times, "bold"),
-        (f"\n{_weights(item.branch, homes[0], layers)}", ""),
-        (f"\n{_facts(item.branch, homes[0], layers)}", "dim"),
-    )
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """What the lines of a tree are written from."""
 
+    layers: dict[str, LayerInfo]
+    inner: Within
 
-def _weights(branch: Branch, home: str, layers: dict[str, LayerInfo]) -> str:
-    """The weight layers of a branch: `conv1 conv 144→144; conv2 conv 144→144`."""
-    names = names_within(branch.weights, home)
-    parts = []
-    for run in layer_runs(branch, layers):
-        texts = []
-        for k in range(run.start, run.start + run.period):
-            name = merged(names[k : run.stop : run.period])
-            role: str = branch.roles.get(branch.weights[k], "value")
-            words = f"{name} {layer_words(layers[branch.weights[k]], scans=False)}".strip()
-            texts.append(words if role == "value" else f"{words}, {role}")
-        text = "; ".join(texts)
-        parts.append((f"({text})" if run.period > 1 else text) + f" x {run.count}" if run.count > 1 else text)
-    return "; ".join(parts) or "no weight layers"
+    def add(self, at: Tree, same: Sequence[Sequence[Item]]) -> None:
+        """A line for equal layers or equal sums; branches of one sum are below it."""
+        if len(same[0]) == 1:
+            at.add(self.group([unit[0] for unit in same]))
+            return
+        parallel = f"{len(same[0])} parallel branches of one sum" + (" each" if len(same) > 1 else "")
+        count = f" x {len(same)}" if len(same) > 1 else ""
+        own = [item for unit in same for item in unit]
+        at = at.add(_line((f"{numbers(own)}{count}", "bold"), (f"  {parallel}", "")))
+        for column in columns(same, [item.key for item in same[0]]):
+            at.add(self.group(column))
+
+    def group(self, group: Sequence[Item]) -> Text:
+        item = group[0]
+        times = f" x {len(group)}" if len(group) > 1 else ""
+        arms = arms_words([i.arms for i in group])
+        arms = f"  {arms}" if arms else ""
+        if item.branch is None:
+            assert item.layer is not None
+            path = merged(i.paths[0] for i in group)
+            words = f"  {layer_words(item.layer)}"
+            return _line((f"{item.place}  ", "bold"), (path, "cyan"), (times, "bold"), (words, ""), (arms, ""))
+        homes = [common_home(i.paths) for i in group]
+        where = merged(homes) if item.paths else item.branch.scope
+        return _line(
+            (numbers(group), "bold"),
+            (f"  {where}".rstrip(), "cyan"),
+            (times, "bold"),
+            (arms, ""),
+            (f"\n{self.weights(group, homes[0])}", ""),
+            (f"\n{_facts(item.branch, homes[0], self.layers)}", "dim"),
+        )
+
+    def weights(self, group: Sequence[Item], home: str) -> str:
+        """The weight layers of a branch: `conv1 conv 144→144; conv2 conv 144→144`; each arm is a line of its own."""
+        branch = group[0].branch
+        assert branch is not None
+        names = names_within(branch.weights, home)
+        of_arms = inner_arms(branch, self.layers)
+        switches = list(dict.fromkeys(a.switch for arms in of_arms.values() for a in arms))
+        lines: list[tuple[str, list[str]]] = []
+        for stretch in stretches(group[0], self.layers, self.inner):
+            label = arms_words([stretch.arms], switches)
+            if not lines or lines[-1][0] != label:
+                lines.append((label, []))
+            parts = lines[-1][1]
+            for run in stretch.runs:
+                roles: list[str] = [branch.roles.get(q, "value") for q in branch.weights[run.start : run.stop]]
+                if stretch.inside:
+                    tag = f", {roles[0]}" if len(set(roles)) == 1 and roles[0] != "value" else ""
+                    parts.append(f"within it {within_words(group[:1], self.inner, run)}{tag}")
+                    continue
+                texts = []
+                for k in range(run.start, run.start + run.period):
+                    name = merged(names[k : run.stop : run.period])
+                    role = roles[k - run.start]
+                    words = f"{name} {layer_words(self.layers[branch.weights[k]], scans=False)}".strip()
+                    texts.append(words if role == "value" else f"{words}, {role}")
+                text = "; ".join(texts)
+                parts.append((f"({text})" if run.period > 1 else text) + f" x {run.count}" if run.count > 1 else text)
+        return "\n".join(f"{label}: " * bool(label) + "; ".join(parts) for label, parts in lines) or "no weight layers"
 
 
 def _facts(b: Branch, home: str, layers: dict[str, LayerInfo]) -> str:
@@ -122,11 +175,32 @@ def _facts(b: Branch, home: str, layers: dict[str, LayerInfo]) -> str:
     return ", ".join(facts)
 
 
-def _add_undecided(root: Tree, undecided: Undecided) -> None:
-    where = f"  {undecided.where}: {undecided.why}" if undecided.where else f"  {undecided.why}"
-    at = root.add(_line((f"undecided {undecided.what}", "bold yellow"), (where, "")))
-    for k, term in enumerate(undecided.terms, 1):
-        at.add(_line((f"term {k}  ", "bold"), (_listed(term) or "no weight layers", "")))
+def _add_regions(root: Tree, regions: Sequence[Region]) -> None:
+    """What is named and not entered; equal neighbours are one line."""
+    for _, group in itertools.groupby(regions, key=lambda r: (r.primitive, r.scope, len(r.parameters))):
+        same = list(group)
+        taken = [merged(column) for column in zip(*(r.parameters for r in same), strict=True)]
+        words = region_words(same[0]) + (f" x {len(same)}" if len(same) > 1 else "")
+        where = f" in scope {same[0].scope}" if same[0].scope else ""
+        takes = f", takes {_listed(taken)}" if taken else ", takes no parameters"
+        root.add(_line(("not entered  ", "bold"), (f"{words}{where}{takes}", "")))
+
+
+def _add_undecided(root: Tree, undecided: Sequence[Undecided]) -> None:
+    named = [u for u in undecided if u.what == "sum"]
+    keys = [(u.what, u.where, u.why, tuple(map(len, u.terms)), tuple(map(len, u.readings))) for u in undecided]
+    for run in fold(keys, longest=1):
+        same = undecided[run.start : run.stop]
+        u = same[0]
+        what = f"undecided {merged(v.name or v.what for v in same)}" + (f" x {len(same)}" if len(same) > 1 else "")
+        where = f"  {u.where}: {u.why}" if u.where else f"  {u.why}"
+        at = root.add(_line((what, "bold yellow"), (where, "")))
+        for k in range(len(u.terms)):
+            paths = [merged(column) for column in zip(*(v.terms[k] for v in same), strict=True)]
+            reading = f"; {reading_words(u, k)}" if u.readings else ""
+            at.add(_line((f"term {k}  ", "bold"), (f"{_listed(paths) or 'no weight layers'}{reading}", "")))
+    if named:
+        root.add(_line(("to settle  ", "bold yellow"), (settle_words([u.name for u in named]), "")))
 
 
 def _listed(paths: Sequence[str]) -> str:
