@@ -484,7 +484,8 @@ def latest_common_ancestor(
     found = walk.on(_BUDGET)
     if found is True:
         if len(terms) == 2:
-            sides = [(few, other) for t, other in zip(terms, reversed(terms)) if (few := _few_ancestors(graph, t))]
+            pairs = zip(terms, terms[::-1], strict=True)
+            sides = [(few, other) for t, other in pairs if (few := _few_ancestors(graph, t))]
             if sides:
                 few, other = min(sides, key=lambda side: len(side[0]))
                 split = next((a for a in few if reaches(graph, a, other)), None)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, Primitive
 from jax.extend.core import primitives as p
@@ -424,7 +425,7 @@ def _foreign() -> _Foreign:
         return jax.lax.composite(lambda x: x * 2.0, name="probe")
 
     def ragged() -> Callable[[Any], Any]:
-        return lambda x: jax.lax.ragged_dot(x[:, None], x[:, None, None], np.ones(1, np.int32))
+        return lambda x: jax.lax.ragged_dot(x[:, None], x[:, None, None], jnp.ones(1, jnp.int32))
 
     known = {p.mul_p, p.convert_element_type_p}
     shard, *casts = primitives(sharded(lambda x: x * 2.0)) or [None]

@@ -116,9 +116,9 @@ def _statistical(graph: Graph, node: int, op: Op) -> Norm | None:
     behind = graph.behind(v for k in ops for v in graph.program.ops[k].inputs)
     known = orders(graph, sorted({*ops, *behind}), seeds)
     left, right = (known.get(v, 0.0) for v in op.inputs)
-    if known[op.outputs[0]] != 0 or left == 0 or right == 0:
-        if not _divisive(graph, op, sorted({*ops, *behind}), seeds):
-            return None
+    cancels = known[op.outputs[0]] == 0 and left != 0 and right != 0
+    if not cancels and not _divisive(graph, op, sorted({*ops, *behind}), seeds):
+        return None
     centred = _centring(graph, start)
     nodes = set(region)
     if centred is not None:
@@ -138,7 +138,8 @@ def _divisive(graph: Graph, op: Op, ops: list[int], seeds: dict[int, float]) -> 
     orders cancel for large x, where the constant does not count."""
     known = orders(graph, ops, seeds, far=True)
     left, right = (known.get(v, 0.0) for v in op.inputs)
-    return known[op.outputs[0]] <= 0 and (right > 0 if op.primitive is p.div_p else min(left, right) < 0)
+    divided = right > 0 if op.primitive is p.div_p else min(left, right) < 0
+    return bool(known[op.outputs[0]] <= 0 and divided)
 
 
 def _inference(graph: Graph, node: int, op: Op) -> Norm | None:

@@ -50,7 +50,9 @@ _SCATTERS = frozenset({p.scatter_p, p.scatter_add_p, p.scatter_max_p, p.scatter_
 _ADDITIVE = frozenset({p.add_p, p.sub_p, p.concatenate_p, jaxprs.STACK})
 PRODUCT = frozenset({p.mul_p, p.dot_general_p, p.conv_general_dilated_p, p.scatter_mul_p})
 # A constant is left when the argument vanishes.
-SQUASH = frozenset({p.exp_p, p.exp2_p, p.logistic_p, p.erfc_p, p.cos_p, p.cosh_p, p.acos_p, p.log_p, p.lgamma_p, jaxprs.LOG2})
+SQUASH = frozenset({
+    p.exp_p, p.exp2_p, p.logistic_p, p.erfc_p, p.cos_p, p.cosh_p, p.acos_p, p.log_p, p.lgamma_p, jaxprs.LOG2,
+})  # fmt: skip
 # Whole numbers, truth values and noise: nothing shrinks.
 _DISCRETE = frozenset({
     p.eq_p, p.ne_p, p.lt_p, p.le_p, p.gt_p, p.ge_p, p.and_p, p.or_p, p.not_p, p.xor_p, p.is_finite_p, p.sign_p,
@@ -99,7 +101,7 @@ def orders(
         at = 0
         while at < len(made):
             op = made[at]
-            if op.primitive is jaxprs.CARRY_IN and (body := _body(made, at)):
+            if op.primitive is jaxprs.CARRY_IN and op.loop is not None and (body := _body(made, at)):
                 _again(run, made[at : at + body], op.loop, known)
                 at += body
                 continue

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from fixup_init import jaxprs
+from fixup_init.branch import Branch as BranchNodes
+from fixup_init.branch import arms_of
 from fixup_init.graph import COPIES, Graph
 from fixup_init.jaxprs import Loop, opaque, p
 from fixup_init.orders import has_rule, orders
 from fixup_init.plain import plain
-from fixup_init.residual import Branch as BranchNodes
-from fixup_init.residual import Residual, arms_of
+from fixup_init.residual import Residual
 from fixup_init.residual import Undecided as UndecidedNodes
 from fixup_init.tracing import Traced, trace, uncollected
 
@@ -384,6 +385,7 @@ def _branch(names: _Names, residual: Residual, branch: BranchNodes, repeats: int
     leaves = graph.leaves
     skips = names.paths(residual.skip_layers)
     roles: dict[str, Any] = {info.path: role for n, role in branch.roles.items() for info in names.layers[n]}
+    roles |= dict.fromkeys(skips, "shortcut")
     return Branch(
         weights=tuple(info.path for n in branch.layers for info in names.layers[n]),
         depth=branch.depth,
@@ -392,7 +394,7 @@ def _branch(names: _Names, residual: Residual, branch: BranchNodes, repeats: int
         skip=residual.skip,
         skip_weights=skips,
         repeats=repeats,
-        roles=roles | dict.fromkeys(skips, "shortcut"),
+        roles=roles,
         last=names.paths(branch.last),
         shares={leaves[v].path: order for v, order in branch.shares.items()},
         closing=tuple(leaves[v].path for v in branch.closing),

@@ -32,12 +32,18 @@ def deep(depth=5):
 def needs(depth):
     return Net(depth)
 
-def sharded():
+def called():
     import jax, fixup_init as fi
-    spec = jax.sharding.PartitionSpec()
-    mesh = jax.make_mesh((1,), ("i",))
-    apply = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    apply = lambda w, x: jax.custom_derivatives.linear_call(lambda w, x: x @ w, lambda w, y: y @ w.T, w, x)
     return fi.Function(apply, jax.ShapeDtypeStruct((8, 3), "float32"))
+
+def open_sum():
+    import jax, fixup_init as fi
+    def apply(w, x):
+        x = x @ w["stem"]
+        return (x.mean(-1, keepdims=True) + x.max(-1, keepdims=True) + x @ w["branch"]) @ w["head"]
+    shapes = {k: jax.ShapeDtypeStruct((8, 8), "float32") for k in ("stem", "branch", "head")}
+    return fi.Function(apply, shapes)
 """
 
 
@@ -61,6 +67,18 @@ def test_inspect(folder: pathlib.Path) -> None:
     data = run(folder, "inspect", "nets:deep", "--input", "4,16,16,3", "--arg", "train=False", "--json")
     found = json.loads(data.stdout)
     assert found["num_branches"] == 5 and found["norms"][0]["form"] == "inference"
+
+
+def test_inspect_says_how_to_settle_a_sum(folder: pathlib.Path, capsys: pytest.CaptureFixture[str],
+                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from fixup_init.cli import main
+
+    monkeypatch.chdir(folder)
+    assert main(["inspect", "nets.py:open_sum", "--input", "4,8"]) == 0
+    text = capsys.readouterr().out
+    assert "undecided sum 1" in text and "term 2  branch" in text and '{"sum 1": 0}' in text
+    assert main(["inspect", "nets.py:open_sum", "--input", "4,8", "--scheme", "fixup"]) == 2
+    assert "'sum 1'" in capsys.readouterr().err
 
 
 def test_inspect_writes_a_page(folder: pathlib.Path) -> None:
@@ -107,7 +125,7 @@ def test_analyze(folder: pathlib.Path) -> None:
         (["nets.py:model", "--input", "4,8,8,3:float33"], "expected sizes and maybe a dtype"),
         (["nets.py:model", "--input", "4,8,8,3", "--arg", "train"], "expected name=value"),
         (["nets.py:needs", "--input", "4,8,8,3"], "without required arguments"),
-        (["nets.py:sharded", "--input", "4,8"], "The primitive `shard_map`"),
+        (["nets.py:called", "--input", "4,8"], "The primitive `linear_call`"),
         (["nets.py:number", "--input", "4,8,8,3"], "expected a Flax Linen module"),
         (["nets.py:model", "--input", "4,8"], "could not be initialized"),
         (["nets.py:model", "--input", "4,8,8,3", "--scheme", "fixap"], "did you mean 'fixup'"),

@@ -404,7 +404,7 @@ class Run:
             return self.scaled(self.layer(y, width, bias=True) if s.skip == "projection" else y, s.skip_factor)
 
         first = skip() if s.skip_first else None
-        inner = self.steps(s.shared, x)
+        inner = self.steps(s.shared, x, x.shape[-1])
         terms = [self.scaled(pool(self.steps(b, inner, width)), f) for b, f in zip(s.branches, s.factors, strict=False)]
         terms.insert(s.at, first if s.skip_first else skip())
         total = terms[0]
@@ -764,7 +764,10 @@ def every(steps: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def uses_embedding(net: Net) -> bool:
-    return any(isinstance(s, Condition) and s.source == "embedding" for s in every((*net.memory, *net.steps)))
+    return any(
+        isinstance(s, Condition) and s.form != "raw" and s.source == "embedding"
+        for s in every((*net.memory, *net.steps))
+    )
 
 
 def uses_memory(steps: tuple[Any, ...]) -> bool:
@@ -844,8 +847,8 @@ def unclear(net: Net) -> set[str]:
         if isinstance(s, Residual):
             found |= _unclear_sum(s)
         elif isinstance(s, Toward):
-            found |= _unclear_branch(s.steps, "none", (), ())
-        elif isinstance(s, Cond) and not any(s.arms):
+            found |= _unclear_branch(s.steps, "none", (), (s,))
+        elif isinstance(s, Cond) and (not any(s.arms) or len(s.arms) + s.zero < 2):
             found.add("no conditional")
         elif isinstance(s, Scan) and s.length > 3 and Act("squared_relu") in every(s.steps):
             found.add("an order that is multiplied in a loop")
@@ -981,13 +984,16 @@ def steps(depth: int, free: bool, branch: bool = False) -> st.SearchStrategy[Any
         *[blocks] * (6 if branch else 2),
         st.builds(Scan, inner, st.integers(2, 5)),
         st.builds(Reuse, inner, st.integers(2, 3)),
-        st.builds(Toward, branches(depth - 1), st.sampled_from(("constant", "scalar", "vector", "none", "gate"))),
+        st.builds(
+            Toward, branches(depth - 1, "none"), st.sampled_from(("constant", "scalar", "vector", "none", "gate"))
+        ),
         st.builds(_conditional, arms, st.booleans(), st.sampled_from((False, False, True))),
     )
 
 
 def _conditional(arms: tuple[tuple[Any, ...], ...], zero: bool, routed: bool) -> Cond:
     """A conditional of at least two arms."""
+    arms = arms if any(arms) else ((Act("relu"),), *arms[1:])
     return Cond(arms if zero or len(arms) > 1 else (*arms, ()), zero, routed)
 
 
@@ -1033,14 +1039,19 @@ def _fits(net: Net) -> bool:
     """Whether a program is in the grammar, and can be read in one way only."""
     if (net.memory or uses_embedding(net)) and net.stem == "none":
         return False  # what is made before the stream starts is no part of a branch
+    if net.memory and not uses_memory(net.steps):
+        return False
     for s in every((*net.memory, *net.steps)):
         if not all(parts(s)[1:] if isinstance(s, Residual) else parts(s)) and not isinstance(s, Cond):
             return False
         if isinstance(s, Residual) and not (s.branches and 0 <= s.minus <= len(s.branches)):
             return False
-        if isinstance(s, Residual) and s.skip == "pad":
-            if not all(any(isinstance(t, SETS_WIDTH) for t in b) for b in s.branches):
-                return False
+        if (
+            isinstance(s, Residual)
+            and s.skip == "pad"
+            and any(not set(map(type, b)) & {*SETS_WIDTH} for b in s.branches)
+        ):
+            return False
     return not unclear(net)
 
 

@@ -190,11 +190,51 @@ def test_alternating_branches_are_folded_together():
     assert "query dense 8→8, control" in text
 
 
+def test_two_branches_are_both_named():
+    text = tree(fi.structure(Decoder(2), jax.ShapeDtypeStruct((2, 5), jnp.int32)), 100)
+    assert "branches 1, 3 " in text and "branches 2, 4 " in text and "…" not in text
+
+
+def test_parallel_branches_are_below_their_sum():
+    text = tree(pictured("parallel")[0], 100)
+    assert "branches 1–4 x 2  2 parallel branches of one sum each" in text
+    assert "branches 1, 3 " in text and "branches 2, 4 x 2" in text
+    text = tree(pictured("paths")[0], 100)
+    assert "branches 1–5 x 5  5 parallel branches of one sum" in text
+
+
+def test_arms_are_said():
+    structure, _ = pictured("arms")
+    assert structure.num_branches == 9 and len(structure.branches) == 15
+    text = tree(structure, 100)
+    assert "branches 1, 4 … 7  blocks/{0..2}/one x 3  arm 1 of 3 of a conditional each" in text
+    assert "branches 2, 5 … 8  blocks/{0..2}/two/1 x 3  arm 2 of 3" in text
+    assert "plain x 3  dense 8→8  arm 3 of 3" in text
+    # The last number is L: every arm begins with the same number.
+    assert "branches 3, 6 … 9  blocks/{0..2}/after x 3" in text and "branches 1–9" in text
+    text = tree(pictured("experts")[0], 100)
+    assert "arm 1 of 3 of a conditional: 0/0 dense" in text and "arm 2 of 3 of a conditional: 1 dense" in text
+    assert "arm 3 of 3 of a conditional: 2/{0..2} dense 8→8 x 3" in text
+
+
+def test_regions_are_named():
+    text = tree(pictured("loop")[0], 100)
+    assert "not entered  while loop in scope Loop, takes solve, inject" in text
+    assert "no rule for the order of while" in text
+
+
 def test_what_is_undecided_is_said():
     structure = fi.structure(Two(), jax.ShapeDtypeStruct((2, 8), jnp.float32))
     text = tree(structure, 100)
     assert "undecided head  output 0: 2 weight layers feed the output" in text
     assert "Dense_0/kernel" in text and "no residual branches" in text
+    structure, _ = pictured("open")
+    text = tree(structure, 100)
+    assert "undecided sum {1..3} x 3  Open: several terms without weights could be the skip" in text
+    assert "term 0  no weight layers; as the skip: 2 branches of order 0 and 1" in text
+    assert "term 2  g_{0..2}/kernel; as the skip: 2 branches of order 0" in text and '{"sum 1": 0}' in text
+    settled = tree(structure.settle({"sum 1": 0, "sum 2": 0, "sum 3": None}), 100)
+    assert "undecided" not in settled and "L = 7" in settled and "2 parallel branches of one sum" in settled
 
 
 def test_colours_only_where_a_terminal_asks(monkeypatch):
@@ -287,6 +327,93 @@ class Long(nn.Module):
         return x + nn.Dense(8, name=f"{name}b")(nn.relu(nn.Dense(8, name=name + "語" * 20)(x)))
 
 
+class Parallel(nn.Module):
+    """Attention and a perceptron beside each other."""
+
+    @nn.compact
+    def __call__(self, x):
+        for k in range(2):
+            y = nn.LayerNorm()(x)
+            up, down = nn.Dense(16, name=f"up_{k}"), nn.Dense(8, name=f"down_{k}")
+            x = x + nn.MultiHeadDotProductAttention(2, name=f"attention_{k}")(y) + down(nn.gelu(up(y)))
+        return nn.Dense(3, name="head")(x)
+
+
+class Paths(nn.Module):
+    """Equal branches of one sum."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x + sum(nn.Dense(8)(nn.relu(nn.Dense(4)(x))) for _ in range(5))
+
+
+class Open(nn.Module):
+    """Sums that could be read in several ways."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8, name="stem")(x)
+        for k in range(3):
+            x = x + nn.Dense(8, name=f"f_{k}")(nn.relu(x))
+            x = x.mean(-1, keepdims=True) + x.max(-1, keepdims=True) + nn.Dense(8, name=f"g_{k}")(x)
+        return nn.Dense(3, name="head")(x)
+
+
+class Loop(nn.Module):
+    """A while loop with weights."""
+
+    @nn.compact
+    def __call__(self, x):
+        solve, inject = (self.param(n, nn.initializers.lecun_normal(), (8, 8)) for n in ("solve", "inject"))
+        x = x + nn.Dense(8)(nn.relu(nn.Dense(16)(x)))
+        x = x + jax.lax.while_loop(lambda z: jnp.sum(z) < 9, lambda z: jnp.tanh(z @ solve + x @ inject), x)
+        return nn.Dense(3, name="head")(x)
+
+
+def shaped(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def residual(weights):
+    return lambda x: x + jax.nn.relu(x @ weights[0]) @ weights[1]
+
+
+def arms():
+    """A switch between one residual, two, and a layer with a residual that may be left out."""
+
+    def apply(params, x, choice):
+        for block in params["blocks"]:
+
+            def two(x, block=block):
+                return residual(block["two"][1])(residual(block["two"][0])(x))
+
+            def maybe(x, block=block):
+                return jax.lax.cond(choice > 5, residual(block["deep"]), lambda x: x, x @ block["plain"])
+
+            x = residual(block["after"])(jax.lax.switch(choice, [residual(block["one"]), two, maybe], x))
+        return x @ params["head"]
+
+    pair = (shaped(8, 16), shaped(16, 8))
+    block = {"one": pair, "two": [pair, pair], "plain": shaped(8, 8), "deep": pair, "after": pair}
+    return fi.Function(apply, {"blocks": [block] * 3, "head": shaped(8, 3)})
+
+
+def experts():
+    """x + one of three experts, of different depth."""
+
+    def apply(params, x, choice):
+        for a, b, c in params["blocks"]:
+            two = lambda x, w=a: jax.nn.relu(x @ w[0]) @ w[1]  # noqa: E731
+            one = lambda x, w=b: jnp.tanh(x @ w)  # noqa: E731
+            gated = lambda x, w=c: (jax.nn.silu(x @ w[0]) * (x @ w[1])) @ w[2]  # noqa: E731
+            x = x + jax.lax.switch(choice, [two, one, gated], x)
+        return x @ params["head"]
+
+    w = shaped(8, 8)
+    return fi.Function(apply, {"blocks": [((w, w), w, (w, w, w)) for _ in range(2)], "head": w})
+
+
+CHOICE = jax.ShapeDtypeStruct((), jnp.int32)
 ROW = jax.ShapeDtypeStruct((2, 8), jnp.float32)
 PICTURED = {
     "mlp4": lambda: (Mlp(4), ROW),
@@ -300,6 +427,12 @@ PICTURED = {
     "deep": lambda: (Deep(), ROW),
     "long": lambda: (Long(), ROW),
     "two": lambda: (Two(), ROW),
+    "parallel": lambda: (Parallel(), shaped(2, 5, 8)),
+    "paths": lambda: (Paths(), ROW),
+    "open": lambda: (Open(), shaped(2, 5, 8)),
+    "loop": lambda: (Loop(), ROW),
+    "arms": lambda: (arms(), ROW, CHOICE),
+    "experts": lambda: (experts(), ROW, CHOICE),
 }
 
 
@@ -307,7 +440,7 @@ PICTURED = {
 def pictured(name):
     model, *inputs = PICTURED[name]()
     structure = fi.structure(model, *inputs)
-    return structure, fi.plan(model, *inputs, scheme=fi.Fixup(head=None))
+    return structure, fi.plan(model, *inputs, scheme=fi.Fixup(head=None, undecided="ignore"))
 
 
 def texts_of(mark):
@@ -445,7 +578,8 @@ def test_a_branch_within_a_branch_is_drawn_once():
     kinds = kinds_of(picture)
     # Three branches of two layers, then one around them with a layer of its own.
     assert kinds["layer value"] == 7 and kinds["layer other"] == 1 and kinds["sum"] == 4
-    assert "branches 1–3, 5–7  drawn by themselves" in words_of(picture)
+    assert any(w.startswith("branches 1–3, 5–7  drawn by themselves") for w in words_of(picture))
+    assert "within it branches 1–3" in tree(structure, 100) and tree(structure, 100).count("within it") == 1
 
 
 def test_a_role_that_is_not_known_is_shown():
@@ -469,6 +603,41 @@ def test_what_is_undecided_stands_in_the_picture():
     picture = lay_out(dataclasses.replace(structure, undecided=open_))
     assert [m.kind for m in picture.marks if isinstance(m, Node)] == ["undecided"]
     assert [w for w in words_of(picture) if w.startswith("× ")] == ["× 99", "× 50", "× 99"]
+
+
+def test_what_is_settled_here_is_named_in_the_picture():
+    picture = lay_out(pictured("open")[0])
+    words = " ".join(words_of(picture))
+    assert "undecided sum {1..3}" in words and "as the skip: 2 branches of order 0 and 1" in words
+    assert '{"sum 1": 0}' in words
+
+
+def test_parallel_branches_enter_one_sum():
+    picture = lay_out(pictured("parallel")[0])
+    kinds = kinds_of(picture)
+    assert kinds["sum"] == kinds["dot"] == 1 and kinds["branch"] == 2
+    assert "sum of branches 1–4; identity skip" in titles_of(picture) and "× 2" in words_of(picture)
+    picture = lay_out(pictured("paths")[0])
+    assert kinds_of(picture)["branch"] == 1 and "branches 1–5  5 in parallel" in words_of(picture)
+
+
+def test_arms_are_framed():
+    picture = lay_out(pictured("arms")[0])
+    frames = [m for m in picture.marks if isinstance(m, Box) and m.kind == "arm"]
+    assert len(frames) == 4 and "arm 3 of 3 of a conditional  one of its arms runs" in words_of(picture)
+    inner = min(frames, key=lambda m: m.width)
+    assert any(m.x < inner.x and m.y < inner.y and m.y + m.height > inner.y + inner.height for m in frames)
+    boxes = [m for m in picture.marks if isinstance(m, Box) and m.kind == "branch"]
+    held = [b for b in boxes for m in frames if m.y < b.y and m.y + m.height > b.y + b.height]
+    assert len(boxes) == 5 and len({id(b) for b in held}) == 4
+    picture = lay_out(pictured("experts")[0])
+    assert kinds_of(picture)["arm"] == 3 and kinds_of(picture)["branch"] == 1
+
+
+def test_regions_are_listed_in_the_picture():
+    words = words_of(lay_out(pictured("loop")[0]))
+    assert "while loop in Loop  takes solve, inject" in words
+    assert any(w.startswith("No rule for the order of while") for w in words)
 
 
 def test_names_are_no_markup_in_a_picture():

@@ -18,18 +18,30 @@ from fixup_init.plan import Entry, Plan
 from fixup_init.report.layout import Run, fold, merged, number, plural
 from fixup_init.report.outline import (
     Item,
+    Stretch,
+    Within,
+    arms_words,
     by_path,
+    columns,
     common_home,
-    layer_runs,
+    covered,
     layer_words,
     names_within,
     norm_words,
     numbers,
     order_words,
     outline,
+    reading_words,
+    region_words,
+    settle_words,
     size_words,
+    stretches,
+    units,
+    unruled_words,
+    within,
+    within_words,
 )
-from fixup_init.structure import Branch, LayerInfo, Structure, Undecided
+from fixup_init.structure import Arm, Branch, LayerInfo, Structure, Undecided
 
 __all__ = ["Box", "Node", "Path", "Picture", "Text", "lay_out", "render", "svg"]
 
@@ -113,13 +125,21 @@ def svg(structure: Structure, plan: Plan | None = None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Equal things that are drawn once."""
+    """Equal things that are drawn once; `beside` are the other branches of the same sums."""
 
     items: tuple[Item | Undecided, ...]
+    beside: tuple[tuple[Item, ...], ...] = ()
+    count: int = 1  # how many sums or layers there are
 
     @property
     def item(self) -> Item | Undecided:
         return self.items[0]
+
+    @property
+    def branches(self) -> tuple[tuple[Item, ...], ...]:
+        """Of a sum: its branches, equal ones together."""
+        first = tuple(i for i in self.items if isinstance(i, Item) and i.branch is not None)
+        return (first, *self.beside) if first else ()
 
     @property
     def repeats(self) -> int:
@@ -128,6 +148,14 @@ class _Part:
         if isinstance(item, Undecided):
             return 1
         return item.branch.repeats if item.branch else item.layer.repeats if item.layer else 1
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        return () if isinstance(self.item, Undecided) else self.item.arms
+
+    @property
+    def all_arms(self) -> list[tuple[Arm, ...]]:
+        return [i.arms for i in self.items if isinstance(i, Item)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,19 +169,34 @@ class _Bracket:
     level: int
 
 
-_Within = dict[frozenset[str], list[Item]]
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """Parts first..last are in an arm of a conditional; `level` 0 is the outermost."""
+
+    first: int
+    last: int
+    level: int
+    words: str
 
 
-def _parts(structure: Structure, plan: Mapping[str, Entry], within: _Within) -> tuple[list[_Part], list[_Bracket]]:
+def _parts(structure: Structure, plan: Mapping[str, Entry], inner: Within) -> tuple[list[_Part], list[_Bracket]]:
     found = _sequence(structure)
     layers = by_path(structure)
     parts: list[_Part] = []
     folds: list[_Bracket] = []
     run_of: list[int] = []
-    for k, run in enumerate(fold([_key(x, layers, plan, within) for x in found])):
+    keys = [tuple(_key(x, layers, plan, inner) for x in unit) for unit in found]
+    for n, run in enumerate(fold(keys)):
         first = len(parts)
-        parts += [_Part(tuple(found[run.start + k : run.stop : run.period])) for k in range(run.period)]
-        run_of += [k if run.count > 1 else -1] * run.period
+        for k in range(run.start, run.start + run.period):
+            same = found[k : run.stop : run.period]
+            one = [unit[0] for unit in same]
+            if len(same[0]) == 1:
+                parts.append(_Part(tuple(one), (), len(same)))
+            else:
+                own = columns([[i for i in unit if isinstance(i, Item)] for unit in same], keys[k])
+                parts.append(_Part(own[0], tuple(own[1:]), len(same)))
+        run_of += [n if run.count > 1 else -1] * run.period
         if run.count > 1:
             folds.append(_Bracket(first, len(parts) - 1, run.count, False, 0))
     scans: list[_Bracket] = []
@@ -172,38 +215,54 @@ def _parts(structure: Structure, plan: Mapping[str, Entry], within: _Within) -> 
     return parts, outer + scans
 
 
-def _sequence(structure: Structure) -> list[Item | Undecided]:
-    """Items in trace order, sums that are undecided behind the last weight of their terms, tied heads at the end."""
+def _frames(parts: Sequence[_Part]) -> list[_Frame]:
+    """The arms that parts are in: neighbours in one arm share a frame."""
+    frames = []
+    for level in range(max((len(part.arms) for part in parts), default=0)):
+        runs = itertools.groupby(range(len(parts)), key=lambda k: parts[k].arms[: level + 1])
+        for arms, group in runs:
+            own = list(group)
+            if len(arms) > level:
+                frames.append(_Frame(own[0], own[-1], level, arms_words([arms[-1:]])))
+    return frames
+
+
+def _sequence(structure: Structure) -> list[tuple[Item, ...] | tuple[Undecided]]:
+    """Items in trace order, the branches of one sum together; sums that are undecided behind the last weight of their
+    terms and the branches before them, tied heads at the end."""
     place = {path: k for k, path in enumerate(by_path(structure))}
-    found: list[tuple[int, Item | Undecided]] = []
-    at = -1
-    for item in outline(structure):
-        at = max([at, *(place[q] for q in item.paths)])
-        if item.place == "head" and item.paths[0] in structure.stems:
-            found.append((at, dataclasses.replace(item, place="stem", key=("stem", item.key))))
-            found.append((len(place), item))
-        else:
-            found.append((at, item))
+    found: list[tuple[int, tuple[Item, ...] | tuple[Undecided]]] = []
     # Layers of an undecided sum are shown with it.
     shown = {q for u in structure.undecided for term in u.terms for q in term}
     apart = {"layer"} if structure.branches else {"layer", "stem"}
-    found = [(k, i) for k, i in found if isinstance(i, Undecided) or i.place not in apart or i.paths[0] not in shown]
+    at = -1
+    ends = [-1]  # behind so many branches
+    for unit in units(outline(structure)):
+        item = unit[0]
+        at = max([at, *(place[q] for i in unit for q in i.paths)])
+        ends += [at] * sum(i.branch is not None for i in unit)
+        if item.place in apart and item.paths[0] in shown:
+            continue
+        if item.place == "head" and item.paths[0] in structure.stems:
+            found.append((at, (dataclasses.replace(item, place="stem", key=("stem", item.key)),)))
+            found.append((len(place), unit))
+        else:
+            found.append((at, unit))
     for u in structure.undecided:
         behind = max((place.get(q, 0) for term in u.terms for q in term), default=0)
-        found.append((behind if u.what == "sum" else len(place) + 1, u))
-    return [item for _, item in sorted(found, key=lambda f: f[0])]
+        behind = max(behind, ends[min(u.position, len(ends) - 1)])
+        found.append((behind if u.what == "sum" else len(place) + 1, (u,)))
+    return [unit for _, unit in sorted(found, key=lambda f: f[0])]
 
 
-def _key(
-    item: Item | Undecided, layers: Mapping[str, LayerInfo], plan: Mapping[str, Entry], within: _Within
-) -> Hashable:
+def _key(item: Item | Undecided, layers: Mapping[str, LayerInfo], plan: Mapping[str, Entry], inner: Within) -> Hashable:
     """What folding compares: the item, what lies within it, and what the plan gives to its parameters."""
     if isinstance(item, Undecided):
         terms = tuple(tuple((layer_words(layers[q]), _entry_key(plan.get(q))) for q in term) for term in item.terms)
         return item.what, re.sub(r"\d+", "0", item.why), terms
     paths = item.paths + ((*item.branch.skip_weights, *item.branch.closing) if item.branch else ())
-    covered = _covered(item, within) if item.branch else ()
-    return item.key, tuple(q in covered for q in item.paths), tuple(_entry_key(plan.get(q)) for q in paths)
+    hidden = covered(item, inner) if item.branch else ()
+    return item.key, tuple(q in hidden for q in item.paths), tuple(_entry_key(plan.get(q)) for q in paths)
 
 
 def _entry_key(entry: Entry | None) -> Hashable:
@@ -303,6 +362,7 @@ def _why(entries: Sequence[Entry | None]) -> str:
 
 _WIDTH, _NARROW_WIDTH = 900.0, 730.0  # with a plan, without
 _MARGIN = 16.0
+_FRAME, _RAIL = 9.0, 16.0  # what an arm takes at each side, and lines beside parallel branches
 _ROW, _GAP = 24.0, 11.0
 _RADIUS = 9.0  # of a sum
 _ONLY = "(the parameter)"  # of a model whose parameters are one array
@@ -323,8 +383,9 @@ class _Pen:
         self.scheme = plan.scheme if plan is not None else None
         self.layers = by_path(structure)
         self.roles = {q.path: q.role for q in structure.parameters}
-        self.within = _within(list(outline(structure)))
-        self.parts, self.brackets = _parts(structure, self.plan, self.within)
+        self.inner = within(outline(structure))
+        self.parts, self.brackets = _parts(structure, self.plan, self.inner)
+        self.frames = _frames(self.parts)
         self.marks: list[Box | Path | Node | Text] = []
         branches = structure.branches
         skips = any(b.skip_weights for b in branches)
@@ -332,12 +393,14 @@ class _Pen:
         levels = max((b.level + 1 for b in self.brackets), default=0)
         # Of one level of brackets.
         self.gutter = 22 + max((_width([(f"× {b.count}", "n")]) for b in self.brackets), default=0.0)
-        self.left = _MARGIN + self.gutter * levels
+        self.nested = _FRAME * (1 + max((f.level for f in self.frames), default=-1))
+        self.left = _MARGIN + self.gutter * levels + self.nested
         self.half = 88.0 if skips else 54.0 if branches else 44.0
         self.stream = self.left + self.half
-        self.right = self.width - _MARGIN
+        self.right = self.width - _MARGIN - self.nested - (_RAIL if any(p.beside for p in self.parts) else 0)
         self.box = self.stream + self.half + 30  # left edge of branches
-        inner = 48.0 if any(r.count > 1 for b in branches for r in self._runs(b)) else 0.0
+        folded = (r.count > 1 for p in self.parts for own in p.branches for s in self._stretches(own) for r in s.runs)
+        inner = 48.0 if any(folded) else 0.0
         self.inside = self.right - 14 - inner  # right edge of the layers in a branch
         self.drawn = self.inside - 190 if self.plan else self.inside - 12
         self.kind = self.drawn - 140
@@ -351,8 +414,13 @@ class _Pen:
         self._heading()
         self._ends("input")
         tops, bottoms = [], []
+        open_: dict[_Frame, float] = {}
         for k, (part, place) in enumerate(zip(self.parts, places, strict=True)):
-            tops.append(self.y)
+            top = self.y
+            for frame in (f for f in self.frames if f.first == k):
+                open_[frame] = self.y
+                self.y += 26
+            tops.append((top, self.y))
             match place:
                 case "undecided sum" | "undecided head":
                     self._undecided(part)
@@ -365,12 +433,19 @@ class _Pen:
                     self._exit(part, goes_on=k + 1 < len(places))
                 case _:
                     self._layer(part)
-            bottoms.append(self.y)
+            low = self.y
+            for frame in reversed([f for f in self.frames if f.last == k]):
+                self.y += 10
+                self._frame(frame, open_[frame], self.y)
+            bottoms.append((self.y, low))
             self.y += 16
         for bracket in self.brackets:
-            self._bracket(bracket, tops[bracket.first], bottoms[bracket.last])
+            # Around the frames of its parts, unless they are all in one.
+            inside = self._is_inside(bracket)
+            self._bracket(bracket, tops[bracket.first][inside], bottoms[bracket.last][inside])
         if places[-1:] not in (["exit"], ["undecided head"]):
             self._ends("output")
+        self._regions()
         self._notes()
         return Picture(self.width, round(self.y + 12), f"Structure of {s.name}: {size_words(s)}", tuple(self.marks))
 
@@ -399,8 +474,12 @@ class _Pen:
         size = size_words(s) + (f"; standard deviations of plan {self.scheme}" if self.scheme else "")
         self.marks.append(_text(_MARGIN, 48, room, (size, "q")))
         used: dict[str, None] = {}
-        for b in s.branches:
-            used |= dict.fromkeys(_role(b, q) for q in b.weights) | dict.fromkeys(["shortcut"] * bool(b.skip_weights))
+        for item in {b.weights: i for p in self.parts for own in p.branches for i in own if (b := i.branch)}.values():
+            b = item.branch
+            assert b is not None
+            hidden = covered(item, self.inner)
+            used |= dict.fromkeys(_role(b, q) for q in b.weights if q not in hidden)
+            used |= dict.fromkeys(["shortcut"] * bool(b.skip_weights))
         self.y = 62
         if set(used) - {"value"}:
             x = _MARGIN
@@ -438,8 +517,10 @@ class _Pen:
         unused = [p.path for p in s.parameters if p.role == "unused"]
         if unused:
             notes.append(f"Unused parameters: {', '.join(unused)}.")
-        if s.unruled:
-            notes.append(f"No rule for the order of {', '.join(s.unruled)}: constants in their branches.")
+        if unruled := unruled_words(s):
+            notes.append(f"{unruled[0].upper()}{unruled[1:]}.")
+        if names := [u.name for u in s.undecided if u.what == "sum"]:
+            notes.append(f"To settle an undecided sum: {settle_words(names)}.")
         room = self.width - 2 * _MARGIN
         self.y += 12
         if s.branches:
@@ -450,8 +531,45 @@ class _Pen:
             self.y += 17
             self.marks.append(_text(_MARGIN, self.y, room, (line, "q")))
 
+    def _regions(self) -> None:
+        """What is named and not entered."""
+        rows = []
+        for _, group in itertools.groupby(self.structure.regions, lambda r: (r.primitive, r.scope, len(r.parameters))):
+            same = list(group)
+            taken = [merged(column) for column in zip(*(r.parameters for r in same), strict=True)]
+            rows.append((region_words(same[0]) + (f" × {len(same)}" if len(same) > 1 else ""), same[0].scope, taken))
+        if not rows:
+            return
+        x, width = self.left, self.right - self.left
+        at_most = 8
+        y = self.y + 30
+        texts = [_text(x + 12, y, width - 24, ("not entered", "b"), ("  what is inside is not seen", "q"))]
+        for what, scope, taken in rows[:at_most]:
+            y += 20
+            takes = ("  takes ", "q"), (", ".join(taken) or "no parameters", "m" if taken else "q")
+            where = ((" in ", "q"), (scope, "m")) if scope else ()
+            texts.append(_text(x + 12, y, width - 24, (what, ""), *where, *takes))
+        if len(rows) > at_most:
+            y += 20
+            texts.append(_text(x + 12, y, width - 24, (f"and {len(rows) - at_most} more", "q")))
+        about = "\n".join(f"{what} {scope}\n{_named(taken)}" for what, scope, taken in rows)
+        self.marks.append(Box(x, self.y + 10, width, y + 12 - self.y - 10, "region", about, tuple(texts)))
+        self.y = y + 12
+
+    def _is_inside(self, b: _Bracket) -> bool:
+        """Whether what repeats is within one arm of one conditional, so that its bracket is within the frame."""
+        every = [own for k in range(b.first, b.last + 1) for own in self.parts[k].all_arms]
+        return not b.scan and bool(every and every[0]) and all(own == every[0] for own in every)
+
+    def _frame(self, f: _Frame, top: float, bottom: float) -> None:
+        """A frame around the parts in an arm; its words stand beside the stream."""
+        shift = self.nested - _FRAME * f.level
+        x, right = self.left - shift, self.right + shift + (_RAIL if any(p.beside for p in self.parts) else 0)
+        text = _text(self.box, top + 18, right - self.box - 12, (f.words, "b"), ("  one of its arms runs", "q"))
+        self.marks.append(Box(x, top, right - x, bottom - top, "arm", "", (text,)))
+
     def _bracket(self, b: _Bracket, top: float, bottom: float) -> None:
-        x = self.left - 10 - self.gutter * b.level
+        x = self.left - self.nested - 10 - self.gutter * b.level
         middle = (top + bottom) / 2
         self.marks.append(Path(((x + 6, top), (x, top), (x, bottom), (x + 6, bottom)), "bracket"))
         room = self.gutter - 12
@@ -510,64 +628,83 @@ class _Pen:
     # -- branches
 
     def _branch(self, part: _Part) -> None:
-        items = [i for i in part.items if isinstance(i, Item)]
+        """A sum: its branches below each other, beside the skip."""
+        every = part.branches
+        items = every[0]
         b = items[0].branch
         assert b is not None
         split, line = self.y, self.box + 28
         self._stream_to(split)
         self.marks.append(Node(self.stream, split, "dot"))
-        top = split + 14
-        rows, low = self._rows(items, line, top + 33)
-        bottom = low + 29
-        homes = [common_home(i.paths) for i in items]
-        room = self.right - line - 24
-        heading = [(_numbers(items), "b"), (f"  {merged(homes)}".rstrip(), "m")]
-        facts = [(f"depth {b.depth}, ", "q"), (order_words(b), ""), (self._more_facts(b), "q")]
-        texts = (_text(line + 12, top + 19, room, *heading), _text(line + 12, low + 18, room, *facts))
-        about = f"{_numbers(items)}{' in ' if any(homes) else ''}{merged(homes)}\n{''.join(t for t, _ in facts)}"
-        self.marks.append(Box(self.box, top, self.right - self.box, bottom - top, "branch", about, texts))
+        down, rail = self.box - 14, self.right + _RAIL - 4  # into the later branches, out of the earlier ones
+        bottom, ends = split, []
+        for k, own in enumerate(every):
+            # The line of the branch: out of the stream, through what lies on it, and into the sum.
+            start: tuple[tuple[float, float], ...] = ((self.stream, split), (line, split))
+            top = bottom + 14
+            if k:
+                top = bottom + 32
+                start = ((down, split), (down, top - 10), (line, top - 10))
+            bottom, rows = self._box(own, top, len(own) // part.count, len(every))
+            stops = [r for r in rows if isinstance(r, Box | Node) and r.kind != "arm" and _on(r, line)]
+            for r in stops:
+                edges = (r.y, r.y + r.height) if isinstance(r, Box) else (r.y - 7, r.y + 7)
+                self.marks.append(Path((*start, (line, edges[0])), "line", isinstance(r, Box)))
+                start = ((line, edges[1]),)
+            ends.append((*start, (line, bottom + 10)))
+            self.marks += rows
         total = bottom + 14
-        # The line of the branch: out of the stream, through what lies on it, and back into the sum.
-        stops = [r for r in rows if isinstance(r, Box | Node) and _on(r, line)]
-        start: tuple[tuple[float, float], ...] = ((self.stream, split), (line, split))
-        for r in stops:
-            edges = (r.y, r.y + r.height) if isinstance(r, Box) else (r.y - 7, r.y + 7)
-            self.marks.append(Path((*start, (line, edges[0])), "line", isinstance(r, Box)))
-            start = ((line, edges[1]),)
-        self.marks.append(Path((*start, (line, total), (self.stream + _RADIUS, total)), "line", True))
-        self.marks += rows
+        for end in ends[:-1]:
+            self.marks.append(Path((*end, (rail, end[-1][1]), (rail, total), (line, total)), "line"))
+        last = (*ends[-1][:-1], (line, total), (self.stream + _RADIUS, total))
+        self.marks.append(Path(last, "line", True))
         self._skip(items, split, total)
-        self.marks.append(Node(self.stream, total, "sum", f"sum of {_numbers(items)}; {b.skip} skip"))
+        summed = numbers([i for own in every for i in own])
+        self.marks.append(Node(self.stream, total, "sum", f"sum of {summed}; {b.skip} skip"))
         self.at = total + _RADIUS
         self.y = total + _RADIUS
 
-    def _runs(self, b: Branch) -> list[Run]:
+    def _box(
+        self, items: Sequence[Item], top: float, times: int, parallel: int
+    ) -> tuple[float, list[Box | Path | Node | Text]]:
+        """The box of a branch, of `times` equal ones and `parallel` kinds in a sum: its bottom, and what is in it."""
+        b = items[0].branch
+        assert b is not None
+        line = self.box + 28
+        rows, low = self._rows(items, line, top + 33)
+        bottom = low + 29
+        homes = [common_home(i.paths) for i in items]
+        where = merged(homes) if items[0].paths else b.scope
+        room = self.right - line - 24
+        heading = [(numbers(items), "b"), (f"  {where}".rstrip(), "m")]
+        if times > 1:
+            heading.append((f"  {times} in parallel", "q"))
+        elif parallel > 1:
+            heading.append(("  in parallel", "q"))
+        facts = [(f"depth {b.depth}, ", "q"), (order_words(b), ""), (self._more_facts(b), "q")]
+        texts = (_text(line + 12, top + 19, room, *heading), _text(line + 12, low + 18, room, *facts))
+        about = f"{numbers(items)}{' in ' if where else ''}{where}\n{''.join(t for t, _ in facts)}"
+        self.marks.append(Box(self.box, top, self.right - self.box, bottom - top, "branch", about, texts))
+        return bottom, rows
+
+    def _stretches(self, items: Sequence[Item]) -> list[Stretch]:
         """The weights of a branch, folded; those of branches within it are one run."""
-        covered = _covered(b, self.within)
-        runs = []
-        for inside, group in itertools.groupby(range(len(b.weights)), key=lambda k: b.weights[k] in covered):
-            own = list(group)
-            part = dataclasses.replace(b, weights=b.weights[own[0] : own[-1] + 1])
-            found = layer_runs(part, self.layers, lambda path: _entry_key(self.plan.get(path)))
-            found = [Run(0, len(own), 1)] if inside else found
-            runs += [dataclasses.replace(run, start=run.start + own[0]) for run in found]
-        return runs
+        return stretches(items[0], self.layers, self.inner, lambda path: _entry_key(self.plan.get(path)))
 
     def _reference(self, items: Sequence[Item], x: float, y: float, run: Run) -> Box:
         """In the place of branches within a branch, which are drawn on their own."""
-        texts = []
-        for item in items:
-            weights = set(item.paths[run.start : run.stop])
-            at = [w for w in self.within[_weights(item)] if weights.intersection(w.paths)]
-            texts.append(f"{at[0].first}–{at[-1].last}" if at[0].first < at[-1].last else f"{at[0].first}")
-        several = len(texts) > 1 or "–" in texts[0]
-        words = f"branch{'es' * several} {', '.join(texts[:2])}{f' … {texts[-1]}' * (len(texts) > 2)}"
+        words = within_words(items, self.inner, run)
+        several = words.startswith("branches")
+        b = items[0].branch
+        assert b is not None
+        roles = {_role(b, q) for q in b.weights[run.start : run.stop]}
+        tag = f", {roles.pop()}" if len(roles) == 1 and roles != {"value"} else ""
         text = _text(
             x + 12,
             y + 16.5,
             self.inside - x - 24,
             (words, "b"),
-            (f"  drawn by {'themselves' if several else 'itself'}", "q"),
+            (f"  drawn by {'themselves' if several else 'itself'}{tag}", "q"),
         )
         about = f"Within this branch, with sums of their own: {words}."
         return Box(x, y, self.inside - x, _ROW, "layer other", about, (text,))
@@ -582,36 +719,29 @@ class _Pen:
         assert b is not None
         marks: list[Box | Path | Node | Text] = []
         names = [names_within(i.paths, common_home(i.paths)) for i in items]
-        # Value layers that are more than the branch is deep cannot all be in series: then all stand beside the line.
-        own = [q for q in dict.fromkeys(b.weights) if q not in _covered(items[0], self.within)]
-        series = sum(_role(b, q) == "value" for q in own) <= b.depth
-        for run in self._runs(b):
-            if b.weights[run.start] in _covered(items[0], self.within):
-                x = line - 12 if series else line + 14
-                marks += [] if series else [Path(((line, y + _ROW / 2), (x, y + _ROW / 2)), "line")]
-                marks.append(self._reference(items, x, y, run))
-                y += _ROW + _GAP
-                continue
+        found = self._stretches(items)
+        switches = list(dict.fromkeys(a.switch for stretch in found for a in stretch.arms))
+        for around, group in itertools.groupby(found, key=lambda stretch: stretch.arms):
+            own = list(group)
             top = y
-            for k in range(run.start, run.start + run.period):
-                paths = [q for i in items for q in i.paths[k : run.stop : run.period]]
-                name = merged(n for own in names for n in own[k : run.stop : run.period]) or merged(paths) or _ONLY
-                role = _role(b, b.weights[k])
-                x = line - 12 if role == "value" and series else line + 14
-                if x > line:
-                    ends = ((line, y + _ROW / 2), (x, y + _ROW / 2))
-                    marks.append(Path(ends if role == "value" else ends[::-1], "line" if role == "value" else "side"))
-                tag = "" if role == "value" else f"  {role}"
-                room = self.kind - x - 20
-                texts = (
-                    _text(x + 12, y + 16.5, room, (name, "m"), (tag, "q")),
-                    *self._columns(paths, y + 16.5, self.layers[paths[0]]),
+            series = self._in_series(items[0], around)
+            if around:
+                y += 24
+            framed: list[Box | Path | Node | Text] = []
+            for stretch in own:
+                for run in stretch.runs:
+                    y = self._run(framed, items, names, run, stretch.inside, line, y, series)
+            if around:
+                text = _text(
+                    line + 14,
+                    top + 17,
+                    self.inside - line - 20,
+                    (f"{arms_words([around], switches)}; one of its arms runs", "q"),
                 )
-                box = Box(x, y, self.inside - x, _ROW, f"layer {_style(role)}", self._about(paths, role), texts)
-                marks.append(box)
-                y += _ROW + _GAP
-            if run.count > 1:
-                marks += self._inner_bracket(top, y - _GAP, run.count)
+                frame = Box(line - 20, top, self.right - line + 14, y - top - 3, "arm", "", (text,))
+                marks.append(frame)
+                y += 5
+            marks += framed
         if not b.weights:
             marks.append(_text(line + 12, y + 12, self.inside - line - 24, ("no weight layers", "q")))
             y += 16 + _GAP
@@ -627,6 +757,61 @@ class _Pen:
                 marks.append(_text(self.drawn, y + 13, 184, *drawn))
             y += 18 + _GAP
         return marks, y - _GAP
+
+    def _in_series(self, item: Item, around: tuple[Arm, ...]) -> bool:
+        """Whether the value layers of a branch, or of an arm in it, can all be in series: no more than it is deep."""
+        hidden = covered(item, self.inner)
+        b = item.branch
+        assert b is not None
+        own = [
+            b.weights[k]
+            for stretch in self._stretches([item])
+            if stretch.arms == around and not stretch.inside
+            for run in stretch.runs
+            for k in range(run.start, run.stop)
+        ]
+        return sum(_role(b, q) == "value" for q in dict.fromkeys(own) if q not in hidden) <= b.depth
+
+    def _run(
+        self,
+        marks: list[Box | Path | Node | Text],
+        items: Sequence[Item],
+        names: Sequence[Sequence[str]],
+        run: Run,
+        inside: bool,
+        line: float,
+        y: float,
+        series: bool,
+    ) -> float:
+        """Adds the layers of a run from `y` on to `marks`; returns where the next one begins."""
+        b = items[0].branch
+        assert b is not None
+        if inside:
+            x = line - 12 if series else line + 14
+            marks += [] if series else [Path(((line, y + _ROW / 2), (x, y + _ROW / 2)), "line")]
+            marks.append(self._reference(items, x, y, run))
+            return y + _ROW + _GAP
+        top = y
+        for k in range(run.start, run.start + run.period):
+            paths = [q for i in items for q in i.paths[k : run.stop : run.period]]
+            name = merged(n for own in names for n in own[k : run.stop : run.period]) or merged(paths) or _ONLY
+            role = _role(b, b.weights[k])
+            x = line - 12 if role == "value" and series else line + 14
+            if x > line:
+                ends = ((line, y + _ROW / 2), (x, y + _ROW / 2))
+                marks.append(Path(ends if role == "value" else ends[::-1], "line" if role == "value" else "side"))
+            tag = "" if role == "value" else f"  {role}"
+            room = self.kind - x - 20
+            texts = (
+                _text(x + 12, y + 16.5, room, (name, "m"), (tag, "q")),
+                *self._columns(paths, y + 16.5, self.layers[paths[0]]),
+            )
+            box = Box(x, y, self.inside - x, _ROW, f"layer {_style(role)}", self._about(paths, role), texts)
+            marks.append(box)
+            y += _ROW + _GAP
+        if run.count > 1:
+            marks += self._inner_bracket(top, y - _GAP, run.count)
+        return y
 
     def _multipliers(self, b: Branch) -> list[int]:
         """Which of `closing` lie behind the last layer: multipliers, and norms that hide the scale of that layer."""
@@ -685,7 +870,8 @@ class _Pen:
         x, room = self.box, self.right - self.box - 28
         where = merged(v.where for v in same)
         y = self.y + 20
-        texts = [_text(x + 14, y, room, (f"undecided {u.what}", "b"), (f"  {where}", "q"))]
+        what = f"undecided {merged(v.name or v.what for v in same)}"
+        texts = [_text(x + 14, y, room, (what, "b"), (f"  {where}", "q"))]
         for words in _wrapped(u.why, "", room):
             y += 19
             texts.append(_text(x + 14, y, room, (words, "")))
@@ -695,16 +881,19 @@ class _Pen:
             for n, (name, paths) in enumerate(rows or [("no weight layers", ())]):
                 y += 19
                 if n == 0:
-                    texts.append(_text(x + 14, y, 54, (f"term {t + 1}", "b")))
+                    texts.append(_text(x + 14, y, 54, (f"term {t}", "b")))
                 texts.append(_text(x + 74, y, self.kind - x - 82, (name, "m" if paths else "q")))
                 if paths:
                     texts += self._columns(paths, y, self.layers[paths[0]])
+            if reading := reading_words(u, t):
+                y += 17
+                texts.append(_text(x + 74, y, room - 60, (reading, "q")))
         height = y + 13 - self.y
         middle = self.y + height / 2
-        about = "\n".join(f"term {t}: {', '.join(term) or 'no weight layers'}" for t, term in enumerate(u.terms, 1))
+        about = "\n".join(f"term {t}: {', '.join(term) or 'no weight layers'}" for t, term in enumerate(u.terms))
         self._stream_to(middle - _RADIUS)
         self.marks.append(Path(((x, middle), (self.stream + _RADIUS, middle)), "side"))
-        self.marks.append(Node(self.stream, middle, "undecided", f"undecided {u.what}: {u.why}"))
+        self.marks.append(Node(self.stream, middle, "undecided", f"{what}: {u.why}"))
         self.marks.append(Box(x, self.y, self.right - x, height, "warning", about, tuple(texts)))
         self.at = middle + _RADIUS
         self.y += height
@@ -720,32 +909,6 @@ class _Pen:
                 rows.append((merged(paths) + count, paths))
         more = len(rows) - at_most
         return rows if more <= 0 else [*rows[:at_most], (f"and {more} more", ())]
-
-
-def _weights(b: Branch | Item) -> frozenset[str]:
-    return frozenset(b.weights if isinstance(b, Branch) else b.paths)
-
-
-def _covered(b: Branch | Item, within: _Within) -> set[str]:
-    """The weights of a branch that belong to branches within it."""
-    return {q for item in within.get(_weights(b), ()) for q in item.paths}
-
-
-def _within(items: Sequence[Item]) -> _Within:
-    """Branches within branches, by the weights of the outer one: their weights are some of its weights, not all."""
-    found = [i for i in items if i.branch is not None]
-    users: dict[str, list[Item]] = {}
-    for item in found:
-        for path in set(item.paths):
-            users.setdefault(path, []).append(item)
-    within = {}
-    for item in found:
-        mine = _weights(item)
-        others = {o.first: o for path in mine for o in users[path]}
-        inner = [o for _, o in sorted(others.items()) if _weights(o) < mine]
-        if inner:
-            within[mine] = inner
-    return within
 
 
 def _named(paths: Iterable[str]) -> str:
@@ -766,13 +929,6 @@ def _role(b: Branch, path: str) -> str:
 
 def _style(role: str) -> str:
     return role if role in _ROLES else "other"
-
-
-def _numbers(items: Sequence[Item]) -> str:
-    """As in the tree; two branches that are no neighbours are both named."""
-    if len(items) == 2 and items[1].first > items[0].last + 1 and items[0].first == items[0].last:
-        return f"branches {items[0].first}, {items[1].first}"
-    return numbers(items)
 
 
 def lay_out(structure: Structure, plan: Plan | None = None) -> Picture:
@@ -803,6 +959,8 @@ _CSS = """
 .fi .control{stroke:#b8609a;fill:#b8609a;fill-opacity:.17}
 .fi .gate{stroke:#b08a00;fill:#b08a00;fill-opacity:.2}
 .fi .shortcut{stroke:#2aa583;fill:#2aa583;fill-opacity:.17}
+.fi .arm,.fi .region{stroke-opacity:.65;stroke-dasharray:6 4}
+.fi .region{fill:currentColor;fill-opacity:.04}
 .fi .other{stroke-opacity:.6;fill:currentColor;fill-opacity:.06;stroke-dasharray:4 3}
 .fi .warning,.fi .undecided{stroke:#e0602a;fill:#e0602a;fill-opacity:.14;stroke-width:1.8}
 .fi g:hover>rect{stroke-width:2.4}
@@ -828,7 +986,9 @@ def _mark(mark: Box | Path | Node | Text) -> str:
         return _stroke(mark)
     if isinstance(mark, Node):
         return _circle(mark)
-    radius = 11 if mark.kind == "pill" else 8 if mark.kind == "branch" else 3 if mark.kind.startswith("k") else 5
+    radius = (
+        11 if mark.kind == "pill" else 8 if mark.kind in ("branch", "arm") else 3 if mark.kind.startswith("k") else 5
+    )
     at = f'x="{mark.x:g}" y="{mark.y:g}" width="{mark.width:g}" height="{mark.height:g}" rx="{radius}"'
     inside = "".join(map(_set, mark.texts))
     return f'<g>{_title(mark.title)}<rect class="{mark.kind}" {at}/>{inside}</g>'

@@ -104,17 +104,21 @@ class _Drawn:
             at.add(self.group([unit[0] for unit in same]))
             return
         parallel = f"{len(same[0])} parallel branches of one sum" + (" each" if len(same) > 1 else "")
+        kinds = columns(same, [item.key for item in same[0]])
+        if len(kinds) == 1:
+            at.add(self.group(kinds[0], parallel))
+            return
         count = f" x {len(same)}" if len(same) > 1 else ""
         own = [item for unit in same for item in unit]
         at = at.add(_line((f"{numbers(own)}{count}", "bold"), (f"  {parallel}", "")))
-        for column in columns(same, [item.key for item in same[0]]):
-            at.add(self.group(column))
+        for kind in kinds:
+            at.add(self.group(kind))
 
-    def group(self, group: Sequence[Item]) -> Text:
+    def group(self, group: Sequence[Item], more: str = "") -> Text:
         item = group[0]
         times = f" x {len(group)}" if len(group) > 1 else ""
         arms = arms_words([i.arms for i in group])
-        arms = f"  {arms}" if arms else ""
+        arms = "".join(f"  {words}" for words in (arms, more) if words)
         if item.branch is None:
             assert item.layer is not None
             path = merged(i.paths[0] for i in group)

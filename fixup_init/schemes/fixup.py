@@ -51,8 +51,8 @@ class Fixup:
       base: the variance of a layer before Fixup's factor; the paper's is He with fan_out.
       head: "auto" zeroes the layers that outputs come from; a path names the head; None leaves it as any other layer.
       tied: what to do with a kernel that different branches claim in different ways: "error" or "first".
-      undecided: what to do with sums that the graph leaves open: "error", "ignore" (they are no residuals), or decisions
-        such as {"sum 1": 0}, by which term 0 is the skip (see `Structure.settle`).
+      undecided: what to do with sums that the graph leaves open: "error", "ignore" (they are no residuals), or
+        decisions such as {"sum 1": 0}, by which term 0 is the skip (see `Structure.settle`).
       scalar_rate: what the learning rate of biases and multipliers is multiplied by.
     """
 

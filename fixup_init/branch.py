@@ -1,0 +1,213 @@
+"""One branch of a residual sum: its layers, their roles, its depth and its order."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from fixup_init import jaxprs
+from fixup_init.graph import Graph
+from fixup_init.jaxprs import Arm, Op, p
+from fixup_init.orders import Order, orders
+from fixup_init.terms import Streams, Term, ops_of
+
+__all__ = ["Branch", "Role", "arms_of", "branch_of"]
+
+Role = Literal["value", "control", "gate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One branch of a residual sum, in nodes and values of the program.
+
+    `order` is that of its end in all its kernels, normalizations included; `free_order` disregards normalizations.
+    `roles` says of each layer whether shrinking it shrinks the branch once normalizations are disregarded ("value"),
+    and if not, whether its result multiplies the value path position by position ("gate") or steers it otherwise, such
+    as under a softmax ("control"); `last` are the value layers with no other behind. `closing` are the parameters
+    nearest the end, kernels apart, that multiply the branch: a normalization's scale, a multiplier.
+    """
+
+    end: int  # value: the term as it enters the sum
+    nodes: frozenset[int]
+    layers: tuple[int, ...]
+    depth: int
+    order: float
+    free_order: float
+    roles: dict[int, Role]  # by layer
+    last: tuple[int, ...]
+    shares: dict[int, float]  # of `order`, by kernel leaf; 0 where a normalization or a control path lies behind
+    closing: tuple[int, ...]  # leaves
+
+
+def branch_of(streams: Streams, term: Term) -> Branch:
+    graph = streams.graph
+    (end,) = term.values
+    nodes = sorted((*term.nodes, *term.aside))
+    layers = tuple(n for n in nodes if n in graph.layers)
+    ops = ops_of(graph, term)
+    # Parameters as the optimizer sees them, and kernels as the equations do: standardization lies between.
+    used = {n: graph.layers[n].kernel for n in layers}
+    question = functools.partial(_shares, graph, ops, end)
+    order, shares = question([(graph.layers[n].kernels, arms_of(graph, n)) for n in layers], None)
+    if _is_plain(streams, ops, layers):
+        free_order, free = order, {used[n]: shares[graph.layers[n].kernels[0]] for n in layers}
+    else:
+        free_order, free = question([((used[n],), arms_of(graph, n)) for n in layers], streams.transparent)
+    value = tuple(n for n in layers if free[used[n]] >= 1)
+    depth, last = _chain(graph, nodes, layers, value)
+    roles: dict[int, Role] = {
+        n: "value" if n in value else _steers(graph, n, set(nodes), streams.normed) for n in layers
+    }
+    kernels = {v for n in layers for v in graph.layers[n].kernels}
+    others = dict.fromkeys(
+        v for k in ops for v in graph.program.ops[k].inputs
+        if v in graph.leaves and graph.leaves[v].kind == "param" and v not in kernels
+    )  # fmt: skip
+    return Branch(
+        end, frozenset(nodes), layers, depth, order, free_order, roles, last, shares,
+        _closing(graph, ops, end, tuple(others)),
+    )  # fmt: skip
+
+
+def _is_plain(streams: Streams, ops: list[int], layers: tuple[int, ...]) -> bool:
+    """Whether kernels are parameters as they are, each used once, and no normalization follows one: with and without
+    normalizations the orders are the same then."""
+    graph = streams.graph
+    kernels = [graph.layers[n].kernel for n in layers]
+    first = layers[0] - len(graph.inputs) if layers else 0
+    return (
+        len(set(kernels)) == len(kernels)
+        and all(v in graph.leaves for v in kernels)
+        and not any(k >= first and k + len(graph.inputs) in streams.normed for k in ops)
+    )  # fmt: skip
+
+
+def arms_of(graph: Graph, node: int) -> dict[int, Arm]:
+    """The arms of conditionals that a node stands in, by the conditional's number."""
+    op = graph.op(node)
+    arm = op.arm if op is not None else None
+    found: dict[int, Arm] = {}
+    while arm is not None:
+        found[arm.switch] = arm
+        arm = arm.parent
+    return found
+
+
+def _shares(
+    graph: Graph, ops: list[int], end: int, kernels: Sequence[tuple[tuple[int, ...], dict[int, Arm]]],
+    transparent: dict[int, int] | None,
+) -> tuple[float, dict[int, float]]:  # fmt: skip
+    """The order of a branch's end in all its kernels, and how much of it each is, by value.
+
+    Two kernels in parallel have one order between them; what is joined to one kernel shrinks together. All questions
+    are asked at once: entry 0 is the whole, entry k the rest without kernel k; where there are conditionals, in the
+    arms where kernel k is, and then entry n + k is the whole in these arms.
+    """
+    groups: dict[int, tuple[tuple[int, ...], dict[int, Arm]]] = {}
+    for values, arms in kernels:
+        groups.setdefault(values[0], (values, arms))
+    n = len(groups)
+    armed = any(arms for _, arms in groups.values())
+    size = 1 + 2 * n if armed else 1 + n
+    seeds: dict[int, Order] = {v: np.ones(size) for values, _ in groups.values() for v in values}
+    runs: dict[int, np.ndarray] = {}
+    for k, (values, arms) in enumerate(groups.values(), 1):
+        for v in values:
+            seeds[v][k] = 0.0  # pyright: ignore[reportIndexIssue]
+        for switch, arm in arms.items():
+            runs.setdefault(switch, np.full(size, -1))[[k, k + n]] = arm.index
+    found = np.broadcast_to(orders(graph, ops, seeds, transparent, runs or None).get(end, 0.0), (size,))
+    if not math.isfinite(found[0]):
+        return float(found[0]), dict.fromkeys(seeds, 0.0)
+    with np.errstate(invalid="ignore"):
+        share = (found[n + 1 :] if armed else found[0]) - found[1 : n + 1]
+    return float(found[0]), {
+        v: float(s) if math.isfinite(s) else 0.0
+        for (values, _), s in zip(groups.values(), share, strict=True) for v in values
+    }  # fmt: skip
+
+
+_AT_ONCE = 32
+
+
+def _closing(graph: Graph, ops: list[int], end: int, leaves: tuple[int, ...]) -> tuple[int, ...]:
+    """The latest parameters, kernels apart, that bring a branch to zero together; () where none do."""
+    latest = leaves[::-1]
+    chosen: list[int] = []
+    for start in range(0, len(latest), _AT_ONCE):
+        more = latest[start : start + _AT_ONCE]
+        seeds: dict[int, Order] = dict.fromkeys(latest[:start], 1.0)
+        for k, leaf in enumerate(more):  # entry k: all leaves up to the k-th
+            seeds[leaf] = (np.arange(len(more)) >= k).astype(float)
+        enough = np.broadcast_to(orders(graph, ops, seeds).get(end, 0.0), (len(more),)) >= 1
+        if enough.any():
+            chosen = list(latest[: start + int(enough.argmax()) + 1])
+            break
+    for leaf in tuple(chosen) if len(chosen) > 1 else ():
+        rest = [v for v in chosen if v != leaf]
+        if rest and orders(graph, ops, dict.fromkeys(rest, 1.0)).get(end, 0.0) >= 1:
+            chosen = rest
+    return tuple(reversed(chosen))
+
+
+def _steers(graph: Graph, layer: int, nodes: set[int], normed: set[int]) -> Role:
+    """How a layer that is no factor of a branch acts on it: by the first product of its result with another stream."""
+    seen, todo = {layer}, [layer]
+    while todo:
+        n = todo.pop(0)
+        for u in graph.users[n]:
+            op = graph.op(u)
+            if u in seen or u not in nodes or op is None:
+                continue
+            seen.add(u)
+            others = [a for a in graph.parents[u] if a not in seen]
+            if others and u not in normed and op.primitive is p.mul_p:
+                return "gate"
+            if others and op.primitive in (p.dot_general_p, p.conv_general_dilated_p):
+                return "control"
+            todo.append(u)
+    return "control"
+
+
+def _chain(
+    graph: Graph, nodes: list[int], layers: tuple[int, ...], value: tuple[int, ...]
+) -> tuple[int, tuple[int, ...]]:
+    """Longest chain of weight layers, and the value layers with no other value layer behind.
+
+    A scan whose carry comes from before it counts as often as it is long.
+    """
+    depth: dict[int, int] = {}
+    above: dict[int, frozenset[int]] = {}  # the nearest value layers that lead to a node
+    last: set[int] = set()
+    for n in nodes:
+        parents = [a for a in graph.parents[n] if a in depth]
+        depth[n] = max((depth[a] for a in parents), default=0) + (n in layers)
+        op = graph.op(n)
+        if op is not None and op.primitive in (jaxprs.CARRY_OUT, jaxprs.STACK_OUT):
+            depth[n] += _again(graph, op, depth)
+        nearest = frozenset().union(*(above[a] for a in parents))
+        if n in value:
+            last -= nearest
+            last.add(n)
+            nearest = frozenset({n})
+        above[n] = nearest
+    return max(depth.values(), default=0), tuple(sorted(last))
+
+
+def _again(graph: Graph, end: Op, depth: dict[int, int]) -> int:
+    """What the further passes of a scan add to the depth of its result."""
+    loop = graph.loop(graph.node_of[end.inputs[0]])
+    if loop is None:
+        return 0
+    once = [
+        depth[graph.node_of[out]] - depth[start]
+        for carry, out in loop.carries
+        if (start := graph.node_of.get(carry)) in depth and graph.node_of.get(out) in depth
+        and any(a in depth for a in graph.parents[start])
+    ]  # fmt: skip
+    return max([0, *once]) * (loop.length - 1)

@@ -1,0 +1,283 @@
+"""The terms of a sum: what lies between its split and the sum, and how each depends on the split."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from fixup_init import jaxprs
+from fixup_init.graph import COPIES, Graph, Split
+from fixup_init.jaxprs import Op, p
+from fixup_init.normalization import Norm
+from fixup_init.orders import PRODUCT, Order, has_rule, orders
+
+__all__ = [
+    "UNSCALED", "Streams", "Term", "addends", "apart", "carries", "follows", "is_gated", "is_linear", "is_scaled",
+    "is_sum", "mixes", "ops_of", "reshapes", "term_of", "together", "unscaled",
+]  # fmt: skip
+
+# Operations that combine different positions or channels.
+MIXING = frozenset({
+    p.dot_general_p, p.conv_general_dilated_p, p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.reduce_window_sum_p,
+    p.reduce_window_max_p, p.reduce_window_min_p, p.reduce_window_p, p.reduce_p, p.cumsum_p, p.cummax_p, p.cummin_p,
+    p.cumprod_p, p.cumlogsumexp_p, p.fft_p, p.sort_p, p.reduce_prod_p, p.scatter_add_p,
+})  # fmt: skip
+_RESHAPING = frozenset({
+    p.pad_p, p.concatenate_p, p.slice_p, p.reshape_p, p.transpose_p, p.gather_p, p.dynamic_slice_p, p.rev_p, *MIXING,
+})  # fmt: skip
+UNSCALED = frozenset({p.stop_gradient_p, p.convert_element_type_p, p.copy_p, jaxprs.IDENTITY})
+# Linear functions of their arguments, whatever these are.
+_LINEAR = frozenset({
+    p.add_p, p.sub_p, p.neg_p, p.reduce_sum_p, p.cumsum_p, p.reduce_window_sum_p, p.convert_element_type_p,
+    p.broadcast_in_dim_p, p.reshape_p, p.transpose_p, p.squeeze_p, p.copy_p, p.slice_p, p.rev_p, p.pad_p,
+    p.concatenate_p, p.real_p, p.imag_p, p.complex_p, p.conj_p, p.fft_p, p.stop_gradient_p, p.sharding_constraint_p,
+    p.name_p, p.psum_p, p.reduce_precision_p, p.device_put_p, jaxprs.SPLIT, jaxprs.STACK, jaxprs.UNSTACK, jaxprs.TILE,
+    jaxprs.CARRY_IN, jaxprs.CARRY_OUT, jaxprs.SLICE_IN, jaxprs.STACK_OUT, jaxprs.SHARD_IN, jaxprs.SHARD_OUT,
+    jaxprs.IDENTITY,
+})  # fmt: skip
+
+
+class Streams:
+    """What is known of a graph's streams while its sums are decided, in trace order."""
+
+    def __init__(self, graph: Graph, norms: tuple[Norm, ...]) -> None:
+        self.graph = graph
+        self.inside = frozenset().union(*(n.region for n in norms))  # nodes of normalizations
+        self.transparent = {n.core: n.source for n in norms}
+        self.normed = {graph.node_of[n.core] for n in norms}
+        self.weighted = set(graph.layers)  # nodes with a weight layer at or before them
+        for node, above in graph.parents.items():
+            if any(a in self.weighted for a in above):
+                self.weighted.add(node)
+        self.alive = _ancestors(graph, graph.outputs)  # the rest only goes on to the next pass of a scan
+        self.splits: dict[int, int] = {}  # of the residuals found, by the node of the sum
+
+
+def _ancestors(graph: Graph, nodes: Iterable[int]) -> set[int]:
+    seen, todo = set(nodes), list(nodes)
+    while todo:
+        for a in graph.parents[todo.pop()]:
+            if a not in seen:
+                seen.add(a)
+                todo.append(a)
+    return seen
+
+
+def addends(graph: Graph, node: int) -> tuple[int, ...]:
+    """The activations that a node adds, () where it is no sum of activations."""
+    op = graph.op(node)
+    if op is None or node not in graph.parents:
+        return ()
+    if op.primitive in (p.add_p, p.sub_p, p.add_jaxvals_p):
+        added = op.inputs
+    elif op.primitive is p.scatter_add_p:
+        added = (op.inputs[0], op.inputs[2])
+    else:
+        return ()
+    return added if all(graph.is_activation(v) for v in added) else ()
+
+
+def is_sum(graph: Graph, node: int) -> bool:
+    return bool(addends(graph, node))
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    values: tuple[int, ...]  # several where a skip is a formula of the split in several terms
+    nodes: tuple[int, ...]  # those that descend from the split, in order
+    aside: tuple[int, ...]  # nodes of a second source that only this term uses
+    layers: tuple[int, ...]  # weight layers among `nodes`
+    mixes: bool
+    closed: bool  # holds a region that is not entered, with parameters: how many layers there are is not known
+
+
+def together(terms: list[Term]) -> Term:
+    """Several terms without weights that do not mix: one formula of the split."""
+    if len(terms) == 1:
+        return terms[0]
+    return Term(
+        tuple(v for t in terms for v in t.values), tuple(sorted({n for t in terms for n in t.nodes})),
+        tuple(sorted({n for t in terms for n in t.aside})), (), any(t.mixes for t in terms), False,
+    )  # fmt: skip
+
+
+def term_of(streams: Streams, value: int, color: int, split: Split) -> Term:
+    graph = streams.graph
+    reached = sorted(n for n, mask in split.colors.items() if mask & color)
+    below: set[int] = {split.node}
+    for n in reached:
+        if any(a in below for a in graph.parents[n]):
+            below.add(n)
+    nodes = tuple(n for n in reached if n in below)
+    aside: set[int] = set()  # a second source, as far back as nothing else uses it
+    crossing = {n: r for n in nodes if (r := streams.splits.get(n)) is not None and r not in below}
+    others = {*streams.splits, *crossing.values()}  # streams of their own
+    heap = [-a for n in nodes if n not in crossing for a in graph.parents[n] if a not in below]
+    heapq.heapify(heap)
+    while heap:
+        n = -heapq.heappop(heap)
+        if n in aside or n in others or n not in split.colors or any(
+            u in streams.alive and u not in below and u not in aside for u in graph.users[n]
+        ):
+            continue
+        aside.add(n)
+        for a in graph.parents[n]:
+            heapq.heappush(heap, -a)
+    return Term(
+        (value,), nodes, tuple(sorted(aside)), tuple(n for n in nodes if n in graph.layers),
+        any(mixes(graph, n) for n in nodes if n not in streams.inside),
+        any(_is_closed(graph, n) for n in nodes),
+    )  # fmt: skip
+
+
+def mixes(graph: Graph, node: int) -> bool:
+    op = graph.op(node)
+    return op is not None and (op.primitive in MIXING or jaxprs.opaque(op.primitive) or not has_rule(op))
+
+
+def _is_closed(graph: Graph, node: int) -> bool:
+    op = graph.op(node)
+    return op is not None and jaxprs.opaque(op.primitive) and any(graph.is_parameter(v) for v in op.inputs)
+
+
+def reshapes(graph: Graph, term: Term) -> bool:
+    return any((op := graph.op(n)) is not None and op.primitive in _RESHAPING for n in term.nodes)
+
+
+def is_scaled(graph: Graph, term: Term) -> bool:
+    return any(
+        (op := graph.op(n)) is not None and op.primitive is p.mul_p and any(graph.is_parameter(v) for v in op.inputs)
+        for n in term.nodes
+    )
+
+
+def _seeds(graph: Graph, node: int) -> dict[int, Order]:
+    op = graph.op(node)
+    return dict.fromkeys(op.outputs if op is not None else (graph.value(node),), 1.0)
+
+
+def carries(streams: Streams, node: int, skip: Term, split: Split) -> bool:
+    """Whether the skip is linear in the split, its coefficients made without other streams, and a projection's kernels
+    are factors of it: a gate is no skip, and what is repeated over positions just before the sum is a bias."""
+    graph = streams.graph
+    ops = [n - len(graph.inputs) for n in skip.nodes]
+    known = orders(graph, ops, _seeds(graph, split.node), streams.transparent, inside=True)
+    size = math.prod(graph.shape(node))
+    if any(known.get(v, 0.0) != 1 for v in skip.values) or any(_is_repeated(graph, v, size) for v in skip.values):
+        return False
+    held = {split.node, *skip.nodes}
+    for n in skip.nodes:
+        op = graph.op(n)
+        assert op is not None
+        product = op.primitive in PRODUCT and n not in streams.inside
+        if product and any(a not in held and a in streams.weighted for a in graph.parents[n]):
+            return False
+    kernels = dict.fromkeys(graph.layers[n].kernel for n in skip.layers)
+    if not kernels:
+        return True
+    seeds: dict[int, Order] = dict(zip(kernels, np.eye(len(kernels)), strict=True))
+    known = orders(graph, ops_of(graph, skip), seeds, streams.transparent)
+    return all(bool(np.all(known.get(v, 0.0) >= 1)) for v in skip.values)
+
+
+def _is_repeated(graph: Graph, value: int, size: int) -> bool:
+    """Whether a term has fewer entries than the sum, and is repeated for it."""
+    while (op := graph.op(graph.node_of[value])) is not None:
+        if op.primitive not in (p.convert_element_type_p, p.broadcast_in_dim_p):
+            break
+        if not graph.is_activation(op.inputs[0]):
+            break
+        value = op.inputs[0]
+    return math.prod(graph.program.shape(value)) < size
+
+
+def follows(streams: Streams, term: Term, split: Split) -> bool:
+    """Whether a term scales with the split, what is added to it from elsewhere apart."""
+    graph = streams.graph
+    ops = [n - len(graph.inputs) for n in term.nodes]
+    known = orders(graph, ops, _seeds(graph, split.node), streams.transparent, inside=True)
+    return all(1 <= known.get(v, 0.0) < math.inf for v in term.values)
+
+
+def is_linear(streams: Streams, term: Term) -> bool:
+    """Whether a term is a linear function of the split."""
+    graph = streams.graph
+    for n in term.nodes:
+        op = graph.op(n)
+        assert op is not None
+        if op.primitive in _LINEAR:
+            continue
+        sources = [v for v in op.inputs if graph.is_activation(v)]
+        if op.primitive in PRODUCT and len(sources) == 1:
+            continue
+        if op.primitive is p.div_p and sources == [op.inputs[0]]:
+            continue
+        if op.primitive is p.select_n_p and not graph.is_activation(op.inputs[0]):
+            continue
+        return False
+    return True
+
+
+def _pieces(streams: Streams, term: Term, split: Split) -> list[tuple[int, tuple[tuple[int, int], ...]]]:
+    """The parts of the split's results that a term reads: (value, bounds along each axis)."""
+    graph = streams.graph
+    op = graph.op(split.node)
+    results = op.outputs if op is not None else (graph.value(split.node),)
+    found = []
+    for n in term.nodes:
+        reader = graph.op(n)
+        assert reader is not None
+        for v in reader.inputs:
+            if v in results:
+                found.append((v, _bounds(graph, reader, v)))
+    found += [(v, _bounds(graph, None, v)) for v in term.values if v in results]
+    return found
+
+
+def _bounds(graph: Graph, reader: Op | None, value: int) -> tuple[tuple[int, int], ...]:
+    shape = graph.program.shape(value)
+    if reader is not None and reader.primitive is p.slice_p:
+        return tuple(zip(reader.params["start_indices"], reader.params["limit_indices"], strict=True))
+    if reader is not None and reader.primitive is p.dynamic_slice_p and reader.inputs[0] == value:
+        starts = [graph.literal(v) if not graph.is_activation(v) else None for v in reader.inputs[1:]]
+        sizes = reader.params["slice_sizes"]
+        if all(s is not None for s in starts):
+            return tuple((int(s), int(s) + n) for s, n in zip(starts, sizes, strict=True) if s is not None)
+    return tuple((0, n) for n in shape)
+
+
+def apart(streams: Streams, left: Term, right: Term, split: Split) -> bool:
+    """Whether two terms read disjoint parts of the split: chunks of a projection, the steps of a sequence."""
+    ours, theirs = _pieces(streams, left, split), _pieces(streams, right, split)
+    return bool(ours and theirs) and not any(
+        a == b and all(max(i[0], j[0]) < min(i[1], j[1]) for i, j in zip(box, other, strict=True))
+        for a, box in ours for b, other in theirs
+    )  # fmt: skip
+
+
+def ops_of(graph: Graph, term: Term) -> list[int]:
+    """Indices of the ops of a term, those that make its parameters included."""
+    ops = {n - len(graph.inputs) for n in (*term.nodes, *term.aside)}
+    return sorted(ops.union(graph.behind(v for k in ops for v in graph.program.ops[k].inputs)))
+
+
+def unscaled(graph: Graph, value: int) -> int:
+    """A value before casts and stopped derivatives."""
+    while (op := graph.op(graph.node_of.get(value, -1))) is not None and op.primitive in UNSCALED:
+        value = op.inputs[0]
+    return value
+
+
+def is_gated(streams: Streams, value: int) -> bool:
+    """Whether a term is, in the end, a product of two streams."""
+    graph = streams.graph
+    while (op := graph.op(graph.node_of[value])) is not None and op.primitive in COPIES:
+        value = op.inputs[0]
+    return (
+        op is not None and op.primitive is p.mul_p
+        and all(graph.node_of.get(v) in streams.weighted for v in op.inputs)
+    )  # fmt: skip
