@@ -13,8 +13,9 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from fixup_init import jaxprs
 from fixup_init.branch import Branch, branch_of
-from fixup_init.graph import Graph, Split, latest_common_ancestor, reaches
+from fixup_init.graph import COPIES, Graph, Split, latest_common_ancestor, reaches
 from fixup_init.jaxprs import p
 from fixup_init.normalization import Norm
 from fixup_init.terms import (
@@ -51,6 +52,7 @@ class Residual:
     skip_layers: tuple[int, ...]
     branches: tuple[Branch, ...]
     scaled: bool  # whether a parameter multiplies the skip
+    chained: bool  # whether the branch is a later state of the stream that the skip is a state of
     doubtful: bool  # a stream that began elsewhere runs through a branch, or skip and branch share no part of the split
 
 
@@ -81,19 +83,21 @@ def find(graph: Graph, norms: tuple[Norm, ...]) -> tuple[tuple[Residual, ...], t
         elif isinstance(verdict, Undecided):
             search.undecided.append(verdict)
     found = [search.residuals[node] for node in sorted(search.residuals)]
-    projections: dict[int, list[Residual]] = {}
-    for r in found:
-        if r.skip == "projection":
-            projections.setdefault(r.split, []).append(r)
-    conditions = {
-        split for split, several in projections.items()
-        if any(graph.node_of[r.sum] in b.nodes for r in several for other in several for b in other.branches)
-    }  # fmt: skip
-    kept = tuple(
-        r for r in found
-        if not _is_feedthrough(graph, r, found) and not (r.skip == "projection" and r.split in conditions)
-    )  # fmt: skip
+    given = _conditions(graph, found)
+    kept = tuple(r for r in found if r not in given and not _is_feedthrough(graph, r, found))
     return kept, tuple(search.undecided)
+
+
+def _conditions(graph: Graph, found: Sequence[Residual]) -> list[Residual]:
+    """What is added at several depths of one stream: projections of a condition, or an early state of the stream."""
+    by_split: dict[tuple[int, Skip], list[Residual]] = {}
+    for r in found:
+        if r.skip == "projection" or r.chained:
+            by_split.setdefault((r.split, r.skip), []).append(r)
+    return [
+        r for several in by_split.values() for r in several
+        if any(graph.node_of[one.sum] in b.nodes for one in several for other in several for b in other.branches)
+    ]  # fmt: skip
 
 
 def _is_feedthrough(graph: Graph, residual: Residual, residuals: Iterable[Residual]) -> bool:
@@ -117,7 +121,8 @@ class _Search(Streams):
 
     def accept(self, node: int, residual: Residual) -> None:
         """Takes up a residual; a doubtful one only if it is a state of a stream that has another sum."""
-        if residual.doubtful and residual.split not in self.residuals and residual.split not in self._doubtful:
+        on_stream = residual.split in self.residuals or residual.split in self._doubtful
+        if residual.doubtful and not on_stream and not self._is_joined(node):
             self._doubtful[node] = residual
             return
         self._keep(node, residual)
@@ -125,6 +130,18 @@ class _Search(Streams):
             node = residual.split
             residual = self._doubtful.pop(node)
             self._keep(node, residual)
+
+    def _is_joined(self, node: int) -> bool:
+        """Whether a sum is put together again with other parts, unchanged: a coupling of two halves."""
+        graph = self.graph
+        for user in graph.users[node]:
+            op = graph.op(user)
+            assert op is not None
+            if op.primitive is p.concatenate_p:
+                return True
+            if op.primitive in COPIES | {p.mul_p, p.div_p} and self._is_joined(user):
+                return True
+        return False
 
     def _keep(self, node: int, residual: Residual) -> None:
         self.residuals[node] = residual
@@ -211,6 +228,21 @@ class _Search(Streams):
             (node,) = graph.parents[node]
         return self.residuals[node].split == split
 
+    def is_chained(self, node: int, start: int) -> bool:
+        """Whether residual sums alone lead from one node to another."""
+        graph = self.graph
+        seen, todo = {node}, [node]
+        while todo:
+            n = todo.pop()
+            if n == start:
+                continue
+            if n < start or n in graph.layers or (n not in self.splits and mixes(graph, n)):
+                return False
+            above = (self.splits[n],) if n in self.splits else graph.parents[n]
+            todo.extend(a for a in above if a not in seen)
+            seen.update(above)
+        return True
+
     def drop_interpolation(self, node: int) -> bool:
         """Whether a sum is a + s (b - a). With s = 1 (straight-through) it is b, with s an activation a gate: neither
         it nor the difference is a residual then. With a constant or a parameter, the difference is the residual."""
@@ -272,8 +304,11 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
         op = graph.op(node)
         if op is not None and op.primitive is p.sub_p:
             return None  # x - mean(x)
+    begun = graph.op(split.node)
     if graph.loop(split.node) is not graph.loop(node):
         return None  # a state that a loop is given
+    if begun is not None and begun.primitive is jaxprs.CARRY_IN and not graph.parents[split.node]:
+        return None  # a state that starts empty: a recurrence over time
     skip = together(skips)
     branches = [t for t in terms if not set(t.values) <= set(skip.values) and (t.layers or t.mixes)]
     if not branches or not carries(search, node, skip, split):
@@ -323,5 +358,6 @@ def _residual(search: _Search, node: int, skip: Term, branches: list[Term], spli
     kind: Skip = "projection" if skip.layers else "reshape" if reshapes(graph, skip) else "identity"
     within = {n for t in branches for n in t.nodes}
     doubtful = _is_crossed(search, within, split) or any(apart(search, skip, t, split) for t in branches)
+    chained = any(search.is_chained(graph.node_of[t.values[0]], split.node) for t in branches)
     found = tuple(branch_of(search, t) for t in branches)
-    return Residual(split.node, graph.value(node), kind, skip.layers, found, is_scaled(graph, skip), doubtful)
+    return Residual(split.node, graph.value(node), kind, skip.layers, found, is_scaled(graph, skip), chained, doubtful)

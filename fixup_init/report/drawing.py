@@ -732,12 +732,8 @@ class _Pen:
                 for run in stretch.runs:
                     y = self._run(framed, items, names, run, stretch.inside, line, y, series)
             if around:
-                text = _text(
-                    line + 14,
-                    top + 17,
-                    self.inside - line - 20,
-                    (f"{arms_words([around], switches)}; one of its arms runs", "q"),
-                )
+                words = f"{arms_words([around], switches)}; one of its arms runs"
+                text = _text(line + 14, top + 17, self.inside - line - 20, (words, "q"))
                 frame = Box(line - 20, top, self.right - line + 14, y - top - 3, "arm", "", (text,))
                 marks.append(frame)
                 y += 5
@@ -890,7 +886,8 @@ class _Pen:
                 texts.append(_text(x + 74, y, room - 60, (reading, "q")))
         height = y + 13 - self.y
         middle = self.y + height / 2
-        about = "\n".join(f"term {t}: {', '.join(term) or 'no weight layers'}" for t, term in enumerate(u.terms))
+        every = [[q for v in same for q in v.terms[t]] for t in range(len(u.terms))]
+        about = "\n".join(f"term {t}: {_named(own) if own else 'no weight layers'}" for t, own in enumerate(every))
         self._stream_to(middle - _RADIUS)
         self.marks.append(Path(((x, middle), (self.stream + _RADIUS, middle)), "side"))
         self.marks.append(Node(self.stream, middle, "undecided", f"{what}: {u.why}"))
