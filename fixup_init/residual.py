@@ -311,7 +311,7 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
         return None  # a state that starts empty: a recurrence over time
     skip = together(skips)
     branches = [t for t in terms if not set(t.values) <= set(skip.values) and (t.layers or t.mixes)]
-    if not branches or not carries(search, node, skip, split):
+    if not branches or not carries(search, node, skip, branches, split):
         return None
     if not _are_branches(search, node, skip, branches, split):
         return None

@@ -94,6 +94,7 @@ class Branch:
       arms: the arms of conditionals that the whole residual is in, outermost first.
       alternatives: where the branch holds a conditional, the weights of each of its arms; one arm runs.
       sum: number of the sum that it ends in; branches of one sum are parallel.
+      regions: operations in it that are named and not entered.
     """
 
     weights: tuple[str, ...]
@@ -112,6 +113,7 @@ class Branch:
     arms: tuple[Arm, ...] = ()
     alternatives: tuple[tuple[str, ...], ...] = ()
     sum: int = 0
+    regions: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +192,28 @@ class Structure:
     @property
     def num_branches(self) -> int:
         """L, the number of residual branches, repeats counted; of a conditional's arms the one with most."""
-        return _count([(b.arms, b.repeats) for b in self.branches])
+        return max((last for _, last in self.numbers), default=0)
+
+    @property
+    def numbers(self) -> tuple[tuple[int, int], ...]:
+        """First and last number, from 1 to L, of each branch; every arm of a conditional begins with the same."""
+        found: dict[int, tuple[int, int]] = {}
+
+        def number_from(start: int, branches: Sequence[tuple[int, tuple[Arm, ...]]]) -> int:
+            arms_of: dict[int, dict[int, list[tuple[int, tuple[Arm, ...]]]]] = {}
+            for k, arms in branches:
+                if arms:
+                    arms_of.setdefault(arms[0].switch, {}).setdefault(arms[0].index, []).append((k, arms[1:]))
+            for k, arms in branches:
+                if not arms:
+                    found[k] = (start, start + self.branches[k].repeats - 1)
+                    start += self.branches[k].repeats
+                elif own := arms_of.pop(arms[0].switch, None):
+                    start = max(number_from(start, arm) for arm in own.values())
+            return start
+
+        number_from(1, [(k, b.arms) for k, b in enumerate(self.branches)])
+        return tuple(found[k] for k in range(len(self.branches)))
 
     def settle(self, decisions: Mapping[str, int | None]) -> Structure:
         """The structure with undecided sums decided.
@@ -242,15 +265,6 @@ class Structure:
         from fixup_init.report.drawing import svg
 
         return svg(self)
-
-
-def _count(found: Sequence[tuple[tuple[Arm, ...], int]]) -> int:
-    total = sum(n for arms, n in found if not arms)
-    inside: dict[int, dict[int, list[tuple[tuple[Arm, ...], int]]]] = {}
-    for arms, n in found:
-        if arms:
-            inside.setdefault(arms[0].switch, {}).setdefault(arms[0].index, []).append((arms[1:], n))
-    return total + sum(max(map(_count, arms.values())) for arms in inside.values())
 
 
 def structure(model: Any, *args: Any, normalization: str = "kept", **kwargs: Any) -> Structure:
@@ -403,6 +417,7 @@ def _branch(names: _Names, residual: Residual, branch: BranchNodes, repeats: int
         arms=_arms(graph, graph.node_of[residual.sum]),
         alternatives=_alternatives(graph, residual, branch),
         sum=names.sums[residual.sum],
+        regions=tuple(op.name for n in sorted(branch.nodes) if (op := graph.op(n)) and opaque(op.primitive)),
     )
 
 
@@ -580,7 +595,7 @@ def _role(graph: Graph, node: int, value: int, leaf: int) -> Role:
 
 def _is_part(graph: Graph, value: int, leaf: int) -> bool:
     """Whether a value is cut out of a parameter, by hand and not by a scan."""
-    cuts = (p.slice_p, p.dynamic_slice_p, p.gather_p, p.squeeze_p, jaxprs.SPLIT, jaxprs.UNSTACK)
+    cuts = (p.slice_p, p.dynamic_slice_p, p.gather_p, jaxprs.SPLIT, jaxprs.UNSTACK)
     made = [graph.program.ops[k] for k in graph.behind([value])]
     return any(o.primitive in cuts and leaf in graph.origins.get(o.inputs[0], ()) for o in made)
 

@@ -160,14 +160,16 @@ def _seeds(graph: Graph, node: int) -> dict[int, Order]:
     return dict.fromkeys(op.outputs if op is not None else (graph.value(node),), 1.0)
 
 
-def carries(streams: Streams, node: int, skip: Term, split: Split) -> bool:
+def carries(streams: Streams, node: int, skip: Term, branches: list[Term], split: Split) -> bool:
     """Whether the skip is linear in the split, its coefficients made without other streams, and a projection's kernels
-    are factors of it: a gate is no skip, and what is repeated over positions just before the sum is a bias."""
+    are factors of it: a gate is no skip, and what is repeated over another stream's positions is a bias."""
     graph = streams.graph
     ops = [n - len(graph.inputs) for n in skip.nodes]
     known = orders(graph, ops, _seeds(graph, split.node), streams.transparent, inside=True)
     size = math.prod(graph.shape(node))
-    if any(known.get(v, 0.0) != 1 for v in skip.values) or any(_is_repeated(graph, v, size) for v in skip.values):
+    if any(known.get(v, 0.0) != 1 for v in skip.values):
+        return False
+    if any(_is_repeated(graph, v, size) for v in skip.values) and any(_is_fed(graph, t, split) for t in branches):
         return False
     held = {split.node, *skip.nodes}
     for n in skip.nodes:
@@ -193,6 +195,12 @@ def _is_repeated(graph: Graph, value: int, size: int) -> bool:
             break
         value = op.inputs[0]
     return math.prod(graph.program.shape(value)) < size
+
+
+def _is_fed(graph: Graph, term: Term, split: Split) -> bool:
+    """Whether a term has another source than the split."""
+    held = {split.node, *term.nodes}
+    return any(a not in held for n in term.nodes for a in graph.parents[n])
 
 
 def follows(streams: Streams, term: Term, split: Split) -> bool:

@@ -1,10 +1,10 @@
 """Random residual programs whose structure is known by construction, and that it is found exactly.
 
 A program is a chain of steps, and a branch of a residual step is a chain again. `Run` executes it in plain JAX;
-`Walk` works out the structure from the same steps, without a graph. Left out are sums that the rules read in
-another way than they were written: a branch that ends in a bare sum is part of the sum that it enters, `x + t (h - x)`
-is a residual of branch `t (h - x)`, `y + d u` with a parameter d is no stream inside a branch, and a projection must
-have fewer weights than what lies beside it.
+`Walk` works out the structure from the same steps, without a graph. `unclear` says which programs are left out, since
+they can be read in another way than they were written: a projection beside a branch with as few weights or beside
+another linear map, x + c (x + f(x)), what branches share before their own sum, `y + d u` with a parameter d inside of a
+branch. `open_questions` are those that the library reads in another way today, and should not.
 """
 
 from __future__ import annotations
@@ -657,7 +657,7 @@ class Walk:
         return x
 
     def walk_Residual(self, s: Residual, x: Flow) -> Flow:
-        self.split = self.split or x
+        self.start(x)
         skips: list[tuple[Flow, int, int]] = []
 
         def skip() -> None:
@@ -709,7 +709,7 @@ class Walk:
         if s.factor in ("none", "gate"):
             y = total(x, self.steps(s.steps, x))
             return total(x, product(y, self.layer(x).change(lambda d: 0.0))) if s.factor == "gate" else y
-        self.split = self.split or x
+        self.start(x)
         start, norms = len(self.layers), self.norms
         y = self.steps(s.steps, x.opened())
         self.add([self.found(y, range(start, len(self.layers)), self.norms - norms, "identity")])
@@ -726,6 +726,11 @@ class Walk:
         self.arm, self.count = arm, count + max(counts)
         y = total(*ends)
         return dataclasses.replace(y, feeds=y.feeds | x.feeds, above=y.above | x.above) if s.routed else y
+
+    def start(self, x: Flow) -> None:
+        """Notes the first split: in the arms of a conditional, a later one in the program may come first."""
+        if self.split is None or x.above < self.split.above:
+            self.split = x
 
     def walk_Scan(self, s: Scan, x: Flow) -> Flow:
         self.repeats *= s.length
@@ -897,7 +902,11 @@ def unclear(net: Net) -> set[str]:
 def _is_state(chain: list[Any]) -> bool:
     if len(chain) == 1 and isinstance(chain[0], Reuse):
         return chain[0].times == 1 and _is_state(list(chain[0].steps))
-    return bool(chain) and isinstance(chain[0], (Residual, Toward)) and all(isinstance(s, Mask) for s in chain[1:])
+    return (
+        bool(chain)
+        and isinstance(chain[0], (Residual, Toward))
+        and all(isinstance(s, (Mask, Position)) for s in chain[1:])
+    )
 
 
 def _multiplies(s: Any) -> bool:
@@ -951,7 +960,8 @@ def open_questions(net: Net) -> set[str]:
             found.add("a formula at the end of a branch")
         if isinstance(s.end, Toward):
             found.add("an interpolation at the end of a branch")
-        if isinstance(s.end, Condition) and (len(conditions) > 1 or s.end.form in ("film", "scale")):
+        film = isinstance(s.end, Condition) and s.end.form in ("film", "scale")
+        if film or (len(conditions) > 1 and (isinstance(s.end, Condition) or s.end == Decoy("sources"))):
             found.add("conditions at the end of a branch")
         if several and s.shared and s.end:
             found.add("a sum of what branches share beside another branch")
@@ -959,7 +969,9 @@ def open_questions(net: Net) -> set[str]:
             found.add("several branches in a sum that goes on in another")
         if several and s.whole.skip == "projection":
             found.add("a projection beside several branches")
-        if isinstance(chain[0], (Residual, Toward, Reuse, Cond)) and all(isinstance(t, (Act, Mask)) for t in chain[1:]):
+        if isinstance(chain[0], (Residual, Toward, Reuse, Cond)) and all(
+            isinstance(t, (Act, Mask, Position)) for t in chain[1:]
+        ):
             found.add("an activation of a state")
         for scan in every(s.chain):
             if isinstance(scan, Scan) and any(
@@ -1007,7 +1019,9 @@ def _neighbours(steps: tuple[Any, ...], before: Any = "") -> Iterator[tuple[Any,
             before = ""
         elif isinstance(s, Reuse):
             yield from _neighbours(s.steps * 2, before)
-            before = s.steps[-1]
+            before = s
+            while isinstance(before, Reuse):
+                before = before.steps[-1]
         elif s != Decoy("dead"):
             before = s
 

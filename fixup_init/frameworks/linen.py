@@ -121,8 +121,11 @@ def _in_one(model: nn.Module, arguments: Arguments, method: Any, key: Any) -> tu
     cut = whole.reading(reads)
     if cut is None or any(make in op.inputs for op in cut.ops):
         return None
-    used = {v for op in cut.ops for v in op.inputs}
-    read = [v for v in variables[len(jax.tree.leaves(params)) :] if v in used]
+    used = {v for op in cut.ops for v in op.inputs} | set(cut.outputs)
+    n = len(jax.tree.leaves(params))
+    if not used.issuperset(variables[:n]):
+        return None  # unused, or used in another form than the one that is kept
+    read = [v for v in variables[n:] if v in used]
     if read and not set(read).isdisjoint(whole.following(inputs)):
         return None  # statistics that are updated and then read
     shapes = {"params": params, **state} if params or not state else state

@@ -44,7 +44,7 @@ def outline(structure: Structure) -> Iterator[Item]:
     order = {path: k for k, path in enumerate(layers)}
     inside = {q for b in structure.branches for q in (*b.weights, *b.skip_weights)}
     found: list[tuple[int, int, Item]] = []
-    numbered = _numbered(structure.branches)
+    numbered = structure.numbers
     # Layers that branches share are in the trace once; their later branches stay behind the earlier ones. Branches of
     # one sum stay together.
     at, k = 0, 0
@@ -60,27 +60,6 @@ def outline(structure: Structure) -> Iterator[Item]:
             place = "head" if layer.path in structure.heads else "stem" if layer.path in structure.stems else "layer"
             found.append((k, 0, Item((place, _layer_key(layer)), place, (layer.path,), layer=layer)))
     yield from (item for _, _, item in sorted(found, key=lambda f: f[:2]))
-
-
-def _numbered(branches: Sequence[Branch]) -> list[tuple[int, int]]:
-    """First and last number of each branch; every arm of a conditional begins with the same number."""
-    numbered: dict[int, tuple[int, int]] = {}
-
-    def number_from(start: int, found: Sequence[tuple[int, tuple[Arm, ...]]]) -> int:
-        inside: dict[int, dict[int, list[tuple[int, tuple[Arm, ...]]]]] = {}
-        for k, arms in found:
-            if arms:
-                inside.setdefault(arms[0].switch, {}).setdefault(arms[0].index, []).append((k, arms[1:]))
-        for k, arms in found:
-            if not arms:
-                numbered[k] = (start, start + branches[k].repeats - 1)
-                start += branches[k].repeats
-            elif own := inside.pop(arms[0].switch, None):
-                start = max(number_from(start, arm) for arm in own.values())
-        return start
-
-    number_from(1, [(k, b.arms) for k, b in enumerate(branches)])
-    return [numbered[k] for k in range(len(branches))]
 
 
 def _sums(branches: Iterable[Branch]) -> Iterator[tuple[Branch, ...]]:

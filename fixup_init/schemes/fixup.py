@@ -87,15 +87,12 @@ class Fixup:
                     f'{entry.reason!r}. Give Fixup(tied="first"), or another scheme and Plan.override.'
                 )
 
-        number = 0
-        for branch in structure.branches:
-            last_number = number + branch.repeats
-            where = f"branch {number + 1}" + (f"-{last_number}" if branch.repeats > 1 else "") + f" of {L}"
+        for branch, (first, last) in zip(structure.branches, structure.numbers, strict=True):
+            where = f"branch {first}" + (f"-{last}" if last > first else "") + f" of {L}"
             for entry in self._asides(branch, where, parameters):
                 asides.setdefault(entry.path, entry)
             for entry in self._branch(branch, where, L, parameters, notes):
                 claim(entry)
-            number = last_number
         shortcuts = {path for b in structure.branches for path in b.skip_weights}
         for path in heads:
             parameter = parameters[path]
