@@ -59,7 +59,7 @@ def branch_of(streams: Streams, term: Term) -> Branch:
     else:
         free_order, free = question([((used[n],), arms_of(graph, n)) for n in layers], streams.transparent)
     value = tuple(n for n in layers if free[used[n]] >= 1)
-    depth, last = _chain(graph, nodes, layers, value)
+    depth, last = _chain(graph, nodes, frozenset(term.nodes), layers, value)
     roles: dict[int, Role] = {
         n: "value" if n in value else _steers(graph, n, set(nodes), streams.normed) for n in layers
     }
@@ -175,11 +175,11 @@ def _steers(graph: Graph, layer: int, nodes: set[int], normed: set[int]) -> Role
 
 
 def _chain(
-    graph: Graph, nodes: list[int], layers: tuple[int, ...], value: tuple[int, ...]
+    graph: Graph, nodes: list[int], below: frozenset[int], layers: tuple[int, ...], value: tuple[int, ...]
 ) -> tuple[int, tuple[int, ...]]:
     """Longest chain of weight layers, and the value layers with no other value layer behind.
 
-    A scan whose carry comes from before it counts as often as it is long.
+    A scan whose carry comes from the split counts as often as it is long.
     """
     depth: dict[int, int] = {}
     above: dict[int, frozenset[int]] = {}  # the nearest value layers that lead to a node
@@ -189,7 +189,7 @@ def _chain(
         depth[n] = max((depth[a] for a in parents), default=0) + (n in layers)
         op = graph.op(n)
         if op is not None and op.primitive in (jaxprs.CARRY_OUT, jaxprs.STACK_OUT):
-            depth[n] += _again(graph, op, depth)
+            depth[n] += _again(graph, op, below)
         nearest = frozenset().union(*(above[a] for a in parents))
         if n in value:
             last -= nearest
@@ -199,15 +199,20 @@ def _chain(
     return max(depth.values(), default=0), tuple(sorted(last))
 
 
-def _again(graph: Graph, end: Op, depth: dict[int, int]) -> int:
+def _again(graph: Graph, end: Op, below: frozenset[int]) -> int:
     """What the further passes of a scan add to the depth of its result."""
     loop = graph.loop(graph.node_of[end.inputs[0]])
     if loop is None:
         return 0
-    once = [
-        depth[graph.node_of[out]] - depth[start]
-        for carry, out in loop.carries
-        if (start := graph.node_of.get(carry)) in depth and graph.node_of.get(out) in depth
-        and any(a in depth for a in graph.parents[start])
-    ]  # fmt: skip
-    return max([0, *once]) * (loop.length - 1)
+    once = [0]
+    for carry, out in loop.carries:
+        start, stop = graph.node_of.get(carry), graph.node_of.get(out)
+        if start is None or stop is None or start not in below:
+            continue
+        depth = {start: 0}
+        for n in range(start + 1, stop + 1):
+            above = [depth[a] for a in graph.parents.get(n, ()) if a in depth]
+            if above:
+                depth[n] = max(above) + (n in graph.layers)
+        once.append(depth.get(stop, 0))
+    return max(once) * (loop.length - 1)

@@ -19,6 +19,7 @@ from fixup_init.graph import COPIES, Graph, Split, latest_common_ancestor, reach
 from fixup_init.jaxprs import p
 from fixup_init.normalization import Norm
 from fixup_init.terms import (
+    SCALING,
     UNSCALED,
     Streams,
     Term,
@@ -28,6 +29,7 @@ from fixup_init.terms import (
     follows,
     is_gated,
     is_linear,
+    is_repeated,
     is_scaled,
     is_sum,
     mixes,
@@ -35,7 +37,7 @@ from fixup_init.terms import (
     term_of,
     together,
     unscaled,
-)  # fmt: skip
+)
 
 __all__ = ["Residual", "Skip", "Undecided", "find"]
 
@@ -166,19 +168,23 @@ class _Search(Streams):
         around = addends(graph, user)
         if not around or user in self.inside or len(graph.parents[user]) < 2:
             return None
-        own = self.split(node, addends(graph, node))
+        values = self.terms(node)
+        own = self.split(node, values)
         whole = self.split(user, around) if own is not None else None
-        if own is None or whole is None:
+        if own is None or whole is None or self._interpolated(node) is not None:
             return None
+        terms = [term_of(self, v, 1 << t, own) for t, v in enumerate(values)]
+        if any(is_repeated(graph, v, node) for v in values) or not any(t.layers or t.mixes for t in terms):
+            return None  # a condition, or one elementwise formula
         later, difference = own.node > whole.node, op.primitive is p.sub_p
         if later or difference:
-            # x - mean(x) stays one term; so does a residual inside of a branch, and a mixture of experts.
-            terms = self.terms(node)
-            residual = isinstance(_decide(self, node, terms, own), Residual)
-            if residual == later or difference == later or all(is_gated(self, v) for v in terms):
+            residual = isinstance(_decide(self, node, values, own), Residual)
+            if later and (residual or difference):
+                return None  # a residual inside of a branch, or x - mean(x)
+            if later and (all(is_gated(self, v) for v in values) or all(is_linear(self, t) for t in terms)):
+                return None  # a mixture of experts, or a low-rank addition to a kernel
+            if difference and not residual and not all(t.layers for t in terms):
                 return None
-            if all(is_linear(self, term_of(self, v, 1 << t, own)) for t, v in enumerate(terms)):
-                return None  # a low-rank addition to a kernel
         return user
 
     def terms(self, node: int) -> list[int]:
@@ -223,7 +229,8 @@ class _Search(Streams):
         """Whether a node is, scaled maybe, a residual sum with the same split: x + c (x + f(x)) has one branch."""
         graph = self.graph
         while node not in self.residuals:
-            if node in graph.layers or len(graph.parents[node]) != 1 or mixes(graph, node):
+            op = graph.op(node)
+            if op is None or op.primitive not in SCALING or len(graph.parents[node]) != 1:
                 return False
             (node,) = graph.parents[node]
         return self.residuals[node].split == split
@@ -246,18 +253,22 @@ class _Search(Streams):
     def drop_interpolation(self, node: int) -> bool:
         """Whether a sum is a + s (b - a). With s = 1 (straight-through) it is b, with s an activation a gate: neither
         it nor the difference is a residual then. With a constant or a parameter, the difference is the residual."""
+        found = self._interpolated(node)
+        if found is not None and found[1]:
+            self._drop(found[0])
+        return found is not None
+
+    def _interpolated(self, node: int) -> tuple[int, bool] | None:
+        """For a + s (b - a): the node of the difference, and whether s is 1 or an activation."""
         graph = self.graph
         op = graph.op(node)
         if op is None or op.primitive is not p.add_p:
-            return False
+            return None
         for base, other in (op.inputs, op.inputs[::-1]):
             found = self._difference(graph.node_of[other], unscaled(graph, base))
             if found is not None:
-                difference, gated = found
-                if gated:
-                    self._drop(difference)
-                return True
-        return False
+                return found
+        return None
 
     def _difference(self, node: int, base: int) -> tuple[int, bool] | None:
         graph = self.graph
@@ -332,7 +343,10 @@ def _are_branches(search: _Search, node: int, skip: Term, branches: list[Term], 
             return False
     if skip.layers:
         held = {n for t in (skip, *branches) for n in t.nodes} | {node}
-        if any(u not in held for t in branches for n in t.nodes for u in graph.users[n]):
+        if any(
+            u not in held and not (is_sum(graph, u) and search.absorber(u) is not None)
+            for t in branches for n in t.nodes for u in graph.users[n]
+        ):  # fmt: skip
             return False  # two outputs of one stream at different depths
         if _is_crossed(search, held, split) or any(apart(search, skip, t, split) for t in branches):
             return False  # another stream, and a projection of a condition

@@ -16,8 +16,8 @@ from fixup_init.normalization import Norm
 from fixup_init.orders import PRODUCT, Order, has_rule, orders
 
 __all__ = [
-    "UNSCALED", "Streams", "Term", "addends", "apart", "carries", "follows", "is_gated", "is_linear", "is_scaled",
-    "is_sum", "mixes", "ops_of", "reshapes", "term_of", "together", "unscaled",
+    "SCALING", "UNSCALED", "Streams", "Term", "addends", "apart", "carries", "follows", "is_gated", "is_linear",
+    "is_repeated", "is_scaled", "is_sum", "mixes", "ops_of", "reshapes", "term_of", "together", "unscaled",
 ]  # fmt: skip
 
 # Operations that combine different positions or channels.
@@ -30,6 +30,7 @@ _RESHAPING = frozenset({
     p.pad_p, p.concatenate_p, p.slice_p, p.reshape_p, p.transpose_p, p.gather_p, p.dynamic_slice_p, p.rev_p, *MIXING,
 })  # fmt: skip
 UNSCALED = frozenset({p.stop_gradient_p, p.convert_element_type_p, p.copy_p, jaxprs.IDENTITY})
+SCALING = UNSCALED | COPIES | {p.mul_p, p.div_p, p.neg_p}
 # Linear functions of their arguments, whatever these are.
 _LINEAR = frozenset({
     p.add_p, p.sub_p, p.neg_p, p.reduce_sum_p, p.cumsum_p, p.reduce_window_sum_p, p.convert_element_type_p,
@@ -120,9 +121,8 @@ def term_of(streams: Streams, value: int, color: int, split: Split) -> Term:
     heapq.heapify(heap)
     while heap:
         n = -heapq.heappop(heap)
-        if n in aside or n in others or n not in split.colors or any(
-            u in streams.alive and u not in below and u not in aside for u in graph.users[n]
-        ):
+        used = any(u in streams.alive and u not in below and u not in aside for u in graph.users[n])
+        if used or n in aside or n in others or n not in split.colors:
             continue
         aside.add(n)
         for a in graph.parents[n]:
@@ -166,10 +166,9 @@ def carries(streams: Streams, node: int, skip: Term, branches: list[Term], split
     graph = streams.graph
     ops = [n - len(graph.inputs) for n in skip.nodes]
     known = orders(graph, ops, _seeds(graph, split.node), streams.transparent, inside=True)
-    size = math.prod(graph.shape(node))
     if any(known.get(v, 0.0) != 1 for v in skip.values):
         return False
-    if any(_is_repeated(graph, v, size) for v in skip.values) and any(_is_fed(graph, t, split) for t in branches):
+    if any(is_repeated(graph, v, node) for v in skip.values) and any(_is_fed(graph, t, split) for t in branches):
         return False
     held = {split.node, *skip.nodes}
     for n in skip.nodes:
@@ -186,7 +185,7 @@ def carries(streams: Streams, node: int, skip: Term, branches: list[Term], split
     return all(bool(np.all(known.get(v, 0.0) >= 1)) for v in skip.values)
 
 
-def _is_repeated(graph: Graph, value: int, size: int) -> bool:
+def is_repeated(graph: Graph, value: int, node: int) -> bool:
     """Whether a term has fewer entries than the sum, and is repeated for it."""
     while (op := graph.op(graph.node_of[value])) is not None:
         if op.primitive not in (p.convert_element_type_p, p.broadcast_in_dim_p):
@@ -194,7 +193,7 @@ def _is_repeated(graph: Graph, value: int, size: int) -> bool:
         if not graph.is_activation(op.inputs[0]):
             break
         value = op.inputs[0]
-    return math.prod(graph.program.shape(value)) < size
+    return math.prod(graph.program.shape(value)) < math.prod(graph.shape(node))
 
 
 def _is_fed(graph: Graph, term: Term, split: Split) -> bool:
@@ -281,11 +280,21 @@ def unscaled(graph: Graph, value: int) -> int:
 
 
 def is_gated(streams: Streams, value: int) -> bool:
-    """Whether a term is, in the end, a product of two streams."""
+    """Whether a term is, in the end, a product of two streams; x sigmoid(x) is one."""
     graph = streams.graph
     while (op := graph.op(graph.node_of[value])) is not None and op.primitive in COPIES:
         value = op.inputs[0]
-    return (
-        op is not None and op.primitive is p.mul_p
-        and all(graph.node_of.get(v) in streams.weighted for v in op.inputs)
-    )  # fmt: skip
+    if op is None or op.primitive is not p.mul_p:
+        return False
+    nodes = [graph.node_of.get(v) for v in op.inputs]
+    return all(n in streams.weighted for n in nodes) and len({_formula(graph, n) for n in nodes if n is not None}) > 1
+
+
+def _formula(graph: Graph, node: int) -> int:
+    """The node that an elementwise formula of one stream begins at."""
+    while node not in graph.layers and len(graph.parents[node]) == 1 and not mixes(graph, node):
+        above = graph.parents[node][0]
+        if graph.shape(above) != graph.shape(node):
+            break
+        node = above
+    return node
