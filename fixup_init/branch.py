@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Literal
 
 import numpy as np
@@ -174,6 +174,9 @@ def _steers(graph: Graph, layer: int, nodes: set[int], normed: set[int]) -> Role
     return "control"
 
 
+_RESULTS = (jaxprs.CARRY_OUT, jaxprs.STACK_OUT)
+
+
 def _chain(
     graph: Graph, nodes: list[int], below: frozenset[int], layers: tuple[int, ...], value: tuple[int, ...]
 ) -> tuple[int, tuple[int, ...]]:
@@ -188,7 +191,7 @@ def _chain(
         parents = [a for a in graph.parents[n] if a in depth]
         depth[n] = max((depth[a] for a in parents), default=0) + (n in layers)
         op = graph.op(n)
-        if op is not None and op.primitive in (jaxprs.CARRY_OUT, jaxprs.STACK_OUT):
+        if op is not None and op.primitive in _RESULTS:
             depth[n] += _again(graph, op, below)
         nearest = frozenset().union(*(above[a] for a in parents))
         if n in value:
@@ -199,8 +202,8 @@ def _chain(
     return max(depth.values(), default=0), tuple(sorted(last))
 
 
-def _again(graph: Graph, end: Op, below: frozenset[int]) -> int:
-    """What the further passes of a scan add to the depth of its result."""
+def _again(graph: Graph, end: Op, below: Container[int]) -> int:
+    """What the further passes of a scan add to the depth of its result, by the carries that start in `below`."""
     loop = graph.loop(graph.node_of[end.inputs[0]])
     if loop is None:
         return 0
@@ -214,5 +217,8 @@ def _again(graph: Graph, end: Op, below: frozenset[int]) -> int:
             above = [depth[a] for a in graph.parents.get(n, ()) if a in depth]
             if above:
                 depth[n] = max(above) + (n in graph.layers)
+                op = graph.op(n)
+                if op is not None and op.primitive in _RESULTS:
+                    depth[n] += _again(graph, op, depth)
         once.append(depth.get(stop, 0))
     return max(once) * (loop.length - 1)
