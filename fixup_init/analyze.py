@@ -75,7 +75,10 @@ def analyze(
       >>> fi.analyze(model, fi.init(model, jax.random.key(0), x), x).drift("forward").verdict
       'flat'
     """
-    traced = trace(model, args, kwargs, normalization)
+    check_normalization(normalization)
+    traced = trace(model, args, kwargs)
+    if normalization == "removed":
+        traced = without_normalization(traced, run=True)
     if variables is None:
         n = len(jax.tree.leaves((traced.application.params, traced.application.state)))
         own = traced.application.initial(jax.random.key(0), [True] * n)
@@ -122,7 +125,7 @@ def compare(
     measured = []
     for name, one in models.items():
         kept = trace(one, args, kwargs)
-        removed = without_normalization(kept) if any(n == "removed" for _, n in cases) else kept
+        removed = without_normalization(kept, run=True) if any(n == "removed" for _, n in cases) else kept
         wanted = [(schemes.find(scheme), normalization) for scheme, normalization in cases]
         if not kept.norms:  # nothing to remove: each scheme once
             wanted = list({scheme.name: (scheme, "kept") for scheme, _ in wanted}.values())
@@ -140,7 +143,10 @@ def measure(
     """Measures a traced model with concrete parameters."""
     graph = traced.graph
     program = graph.program
-    tapped = taps.place(traced)
+    placed = taps.place(traced)
+    made = program.made() | set(graph.inputs)
+    tapped = [t for t in placed if t.value in made]
+    hidden = dict.fromkeys(t.name for t in placed if t.value not in made and t.kind in ("weight", "sum"))
     axes = taps.channels(graph, list(dict.fromkeys(t.value for t in tapped)))
     structure = of_trace(traced)
     starts, probe_name = _probe(traced, set(structure.heads), params, probe)
@@ -175,7 +181,7 @@ def measure(
                 statistics.read(backward[tap.value][at]) if tap.value in backward else None,
             )
         )  # fmt: skip
-    return Propagation(label, traced.application.name, structure.num_branches, tuple(rows), probe_name)
+    return Propagation(label, traced.application.name, structure.num_branches, tuple(rows), probe_name, tuple(hidden))
 
 
 def _probe(traced: Traced, heads: set[str], params: Any, probe: Probe) -> tuple[tuple[int, ...], str]:

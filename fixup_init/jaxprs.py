@@ -173,6 +173,14 @@ class Program:
         made = {v for op in cut.steps for v in op.outputs} | given | set(self.constants)
         return cut if all(v in made for op in cut.steps for v in op.inputs) else None
 
+    def made(self) -> set[int]:
+        """The values that its steps make, those in scan bodies included."""
+        found = {v for step in self.steps for v in step.outputs}
+        for step in self.steps:
+            if step.body is not None:
+                found |= _made(step.body)
+        return found
+
     def following(self, values: Iterable[int]) -> set[int]:
         """Everything that depends on some values."""
         found = set(values)
@@ -614,7 +622,7 @@ def _alive_scan(step: Op, body: Body, needed: set[int]) -> Op:
 
 
 def _made(body: Body) -> set[int]:
-    found = {v for step in body.steps for v in step.outputs}
+    found = {*body.carry, *body.xs}.union(*(step.outputs for step in body.steps))
     return found.union(*(_made(step.body) for step in body.steps if step.body is not None))
 
 

@@ -18,7 +18,7 @@ from fixup_init.graph import STATE, Graph
 from fixup_init.jaxprs import Op, Program, p
 from fixup_init.orders import SQUASH, orders
 
-__all__ = ["Norm", "find", "remove"]
+__all__ = ["Norm", "check_bypass", "find", "remove"]
 
 _REDUCTIONS = frozenset({p.reduce_sum_p, p.reduce_max_p, p.reduce_window_sum_p, p.reduce_p, p.dot_general_p})
 _PASSING = frozenset({p.convert_element_type_p, p.reshape_p, p.broadcast_in_dim_p, p.transpose_p, p.copy_p})
@@ -68,6 +68,22 @@ def find(graph: Graph) -> tuple[Norm, ...]:
         return tuple(found)
     batch = axes.batch_axes(graph)
     return tuple(_with_axes(graph, norm, batch) if norm.form == "train" else norm for norm in found)
+
+
+def check_bypass(graph: Graph, norms: tuple[Norm, ...]) -> None:
+    """Refuses where a run on arrays could not bypass a normalization: inside of an operation that is bound whole.
+
+    Raises:
+      NotImplementedError: a normalization lies in an arm of a conditional or inside a shard_map.
+    """
+    made = set(graph.program.inputs) | graph.program.made()
+    for norm in norms:
+        if norm.end not in made or norm.source not in made:
+            raise NotImplementedError(
+                f"The normalization in {graph.scope(graph.node_of[norm.core]) or 'the model'!r} lies inside of a "
+                "conditional or a shard_map, which runs as a whole: it cannot be bypassed on arrays. Measure with "
+                'normalization="kept", or give the model without the conditional.'
+            )
 
 
 def remove(graph: Graph, norms: tuple[Norm, ...]) -> Program:

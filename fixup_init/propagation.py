@@ -103,6 +103,7 @@ class Propagation:
       num_branches: L.
       rows: in trace order.
       probe: where the backward pass starts: "output", or "input of the head".
+      unmeasured: what lies inside of a conditional or a shard_map, which runs as a whole: weights and sums by name.
     """
 
     label: str
@@ -110,6 +111,7 @@ class Propagation:
     num_branches: int
     rows: tuple[Row, ...]
     probe: str = "output"
+    unmeasured: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -181,7 +183,8 @@ class Propagation:
                        "backward": _statistics(r["backward"])})
                 for r in data.pop("rows")
             )  # fmt: skip
-            return Propagation(**data, rows=rows)
+            unmeasured = tuple(data.pop("unmeasured", ()))
+            return Propagation(**data, rows=rows, unmeasured=unmeasured)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"This is no Propagation: {error}. Write one with Propagation.to_dict().") from error
 

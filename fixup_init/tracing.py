@@ -103,8 +103,15 @@ def check_normalization(value: str) -> None:
         raise ValueError(f"normalization={value!r}: expected one of {', '.join(map(repr, NORMALIZATION))}.")
 
 
-def without_normalization(traced: Traced) -> Traced:
-    """The same trace with every normalization bypassed."""
+def without_normalization(traced: Traced, run: bool = False) -> Traced:
+    """The same trace with every normalization bypassed.
+
+    Args:
+      traced: the trace.
+      run: whether it is to run on arrays; refuses where a normalization lies inside of what is bound whole.
+    """
+    if run:
+        normalization.check_bypass(traced.graph, traced.norms)
     leaves = [traced.graph.leaves[v] for v in traced.graph.program.inputs]
     return _understood(traced.application, normalization.remove(traced.graph, traced.norms), leaves)
 

@@ -18,6 +18,7 @@ from zoo_families import FAMILIES
 from zoo_frameworks import NNX, EquinoxTransformer, NNXTransformer, equinox, haiku_transformer
 
 import fixup_init as fi
+from fixup_init import tracing
 from fixup_init.frameworks.application import path_of
 from fixup_init.models.resnet import cifar_resnet
 
@@ -194,7 +195,11 @@ REFUSED = {
         "s4d": "there is no Fourier transform of bfloat16",
         "haiku-vqvae": "its code book is state, in float32",
     },
-    "float64": {**FIXED, "equinox-resnet": "Equinox's state keeps its dtypes"},
+    "float64": {
+        **FIXED,
+        "equinox-resnet": "Equinox's state keeps its dtypes",
+        "nnx-inverted": "its running statistics are state, in float32",
+    },
 }
 
 
@@ -431,3 +436,23 @@ def test_a_plan_covers_every_parameter(case: Case, normalization: str) -> None:
         plan = fi.schemes.find(scheme).plan(s)
         assert [(e.path, e.shape, e.dtype) for e in plan] == [(q.path, q.shape, q.dtype) for q in s.parameters]
         assert all(e.reason for e in plan)
+
+
+# Branches that no parameter can bring to zero, normalizations disregarded.
+NEVER_ZERO = {
+    "esrgan": "0.2 f(x) + x, where f is itself a chain of residuals: it holds x",
+    "film": "a shift from the question is added at the end of the branch",
+    "fnet": "a branch without parameters",
+    "layer-drop": "",
+}
+# Streams that the model itself rescales.
+RESCALED = {
+    "deepnorm": "alpha x + f(x), alpha = sqrt(2)",
+    "esrgan": "a branch that holds x: 1.2 x",
+    "film": "its branches are not zero",
+    "fnet": "its branches are not zero",
+    "ngpt": "x + a (f(x) - x)",
+    "universal": "a signal of positions is added at each step",
+    "universal-adaptive": "a signal of positions is added at each step",
+    "discriminator": "(x + f(x)) / sqrt(2)",
+}

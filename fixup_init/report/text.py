@@ -51,6 +51,9 @@ def propagation_table(propagation: Propagation, all_rows: bool = False, width: i
     parts: list[object] = [f"{name}: {about}", _rows_table(propagation, rows, width >= _WIDE)]
     if len(rows) < len(propagation):
         parts.append(f"{len(rows)} of {len(propagation)} rows are shown; all_rows=True shows every one.")
+    if hidden := propagation.unmeasured:
+        names = ", ".join(hidden[:4]) + (f" and {len(hidden) - 4} more" if len(hidden) > 4 else "")
+        parts.append(f"Not measured, inside of a conditional or shard_map, which runs as a whole: {names}.")
     parts += ["", propagation.summary()]
     return render(*parts, width=width)
 
