@@ -41,6 +41,7 @@ class Branch:
     roles: dict[int, Role]  # by layer
     last: tuple[int, ...]
     shares: dict[int, float]  # of `order`, by kernel leaf; 0 where a normalization or a control path lies behind
+    in_arms: dict[int, float]  # the order where a kernel leaf runs, in its arms of conditionals
     closing: tuple[int, ...]  # leaves
 
 
@@ -53,11 +54,11 @@ def branch_of(streams: Streams, term: Term) -> Branch:
     # Parameters as the optimizer sees them, and kernels as the equations do: standardization lies between.
     used = {n: graph.layers[n].kernel for n in layers}
     question = functools.partial(_shares, graph, ops, end)
-    order, shares = question([(graph.layers[n].kernels, arms_of(graph, n)) for n in layers], None)
+    order, shares, in_arms = question([(graph.layers[n].kernels, arms_of(graph, n)) for n in layers], None)
     if _is_plain(streams, ops, layers):
         free_order, free = order, {used[n]: shares[graph.layers[n].kernels[0]] for n in layers}
     else:
-        free_order, free = question([((used[n],), arms_of(graph, n)) for n in layers], streams.transparent)
+        free_order, free, _ = question([((used[n],), arms_of(graph, n)) for n in layers], streams.transparent)
     value = tuple(n for n in layers if free[used[n]] >= 1)
     depth, last = _chain(graph, nodes, frozenset(term.nodes), layers, value)
     roles: dict[int, Role] = {
@@ -69,7 +70,7 @@ def branch_of(streams: Streams, term: Term) -> Branch:
         if v in graph.leaves and graph.leaves[v].kind == "param" and v not in kernels
     )  # fmt: skip
     return Branch(
-        end, frozenset(nodes), layers, depth, order, free_order, roles, last, shares,
+        end, frozenset(nodes), layers, depth, order, free_order, roles, last, shares, in_arms,
         _closing(graph, ops, end, tuple(others)),
     )  # fmt: skip
 
@@ -101,8 +102,8 @@ def arms_of(graph: Graph, node: int) -> dict[int, Arm]:
 def _shares(
     graph: Graph, ops: list[int], end: int, kernels: Sequence[tuple[tuple[int, ...], dict[int, Arm]]],
     transparent: dict[int, int] | None,
-) -> tuple[float, dict[int, float]]:  # fmt: skip
-    """The order of a branch's end in all its kernels, and how much of it each is, by value.
+) -> tuple[float, dict[int, float], dict[int, float]]:  # fmt: skip
+    """The order of a branch's end in all its kernels, how much of it each is, and what it is where each runs, by value.
 
     Two kernels in parallel have one order between them; what is joined to one kernel shrinks together. All questions
     are asked at once: entry 0 is the whole, entry k the rest without kernel k; where there are conditionals, in the
@@ -123,13 +124,16 @@ def _shares(
             runs.setdefault(switch, np.full(size, -1))[[k, k + n]] = arm.index
     found = np.broadcast_to(orders(graph, ops, seeds, transparent, runs or None).get(end, 0.0), (size,))
     if not math.isfinite(found[0]):
-        return float(found[0]), dict.fromkeys(seeds, 0.0)
+        return float(found[0]), dict.fromkeys(seeds, 0.0), dict.fromkeys(seeds, float(found[0]))
+    whole = found[n + 1 :] if armed else np.full(n, found[0])
     with np.errstate(invalid="ignore"):
-        share = (found[n + 1 :] if armed else found[0]) - found[1 : n + 1]
-    return float(found[0]), {
-        v: float(s) if math.isfinite(s) else 0.0
-        for (values, _), s in zip(groups.values(), share, strict=True) for v in values
-    }  # fmt: skip
+        share = np.nan_to_num(whole - found[1 : n + 1], nan=0.0, posinf=0.0, neginf=0.0)
+    several = [(values, k) for k, (values, _) in enumerate(groups.values())]
+    return (
+        float(found[0]),
+        {v: float(share[k]) for values, k in several for v in values},
+        {v: float(whole[k]) for values, k in several for v in values},
+    )
 
 
 _AT_ONCE = 32

@@ -88,6 +88,7 @@ class Branch:
         as queries and keys do) or "shortcut" (it is on the skip).
       last: the value layers with no other behind them.
       shares: for each weight, how much of `order` it is: 0 on a control path, and where a normalization follows.
+      orders: for each weight, the order where it runs: that of its arm, in a conditional; else `order`.
       closing: parameters nearest the end, kernels apart, that multiply the branch: a norm's scale, a multiplier.
       norms: how many normalizations it holds.
       scope: where the sum is, by name; '' where the framework gives no names.
@@ -107,6 +108,7 @@ class Branch:
     roles: dict[str, Literal["value", "control", "gate", "shortcut"]]
     last: tuple[str, ...]
     shares: dict[str, float]
+    orders: dict[str, float]
     closing: tuple[str, ...]
     norms: int
     scope: str = ""
@@ -411,6 +413,7 @@ def _branch(names: _Names, residual: Residual, branch: BranchNodes, repeats: int
         roles=roles,
         last=names.paths(branch.last),
         shares={leaves[v].path: order for v, order in branch.shares.items()},
+        orders={leaves[v].path: order for v, order in branch.in_arms.items()},
         closing=tuple(leaves[v].path for v in branch.closing),
         norms=len(branch.nodes & names.norms),
         scope=graph.scope(graph.node_of[residual.sum]),

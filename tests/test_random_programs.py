@@ -7,10 +7,11 @@ can be read in another way than they were written.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,10 @@ INPUTS = (
 )
 
 
+@dataclass_transform(frozen_default=True)
 class Step:
+    """What a program is made of."""
+
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True)(cls)
 
@@ -66,9 +70,9 @@ class Attention(Step):
 
 
 class Condition(Step):
-    """y + b, y (1 + s) + b or y s + b, where s and b are layers of the time or its embedding; or the time as it is."""
+    """y + b, y (1 + s) + b or y s + b, where s and b are layers of the time or its embedding."""
 
-    form: str = "add"  # film, scale, raw
+    form: str = "add"  # film, scale
     source: str = "time"  # hidden (a layer and silu in front, in place), embedding (shared by the program)
 
 
@@ -158,7 +162,7 @@ class Run:
         self.net = net
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.facts: dict[str, tuple[str, int, int]] = {}  # kind and fans, by weight
-        self.spans: dict[Any, Any] = {}  # parameters of a scan: end by start and body; of a conditional: every start
+        self.spans: dict[Any, Any] = {}  # end of the parameters of a scan, by their start and the scan
         self.lengths: list[int] = []
         self.leaves: dict[str, Any] | None = None
         self.taken = (0, 0)
@@ -206,9 +210,8 @@ class Run:
             w = jnp.concatenate([take(width // 2), take(width // 2)], 0 if form == "left" else -1)
         elif kernel == "low_rank":
             a, b = shape[::-1] if form == "left" else shape[-2:]
-            w = take(width) + self.take((*shape[:-2], a, 2), kernel=field * a >= b) @ self.take(
-                (2, b), kernel=field * a < b
-            )
+            tall = field * a >= b  # the larger factor is a kernel, too
+            w = take(width) + self.take((*shape[:-2], a, 2), kernel=tall) @ self.take((2, b), kernel=not tall)
         else:
             w = take(width)
         for k in range(first, self.taken[0]):
@@ -247,7 +250,6 @@ class Run:
         return ACTS[s.name][0](x)
 
     def run_Norm(self, s: Norm, x: Any) -> Any:
-        axes = {"instance": (1,), "batch": (0, 1)}.get(s.form, (-1,))
         if s.form == "rms":
             x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
         elif s.form == "l2":
@@ -258,11 +260,9 @@ class Run:
         elif s.form == "std":
             x = (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True) + 1e-5)
         else:  # layer, instance, batch
-            mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
-            x = (x - mean) * jax.lax.rsqrt(variance + 1e-5)
-        if s.affine:
-            x = x * self.take(x.shape[-1:]) + self.take(x.shape[-1:])
-        return x
+            axes = {"layer": -1, "instance": 1, "batch": (0, 1)}[s.form]
+            x = (x - x.mean(axes, keepdims=True)) * jax.lax.rsqrt(x.var(axes, keepdims=True) + 1e-5)
+        return x * self.take(x.shape[-1:]) + self.take(x.shape[-1:]) if s.affine else x
 
     def run_Gated(self, s: Gated, x: Any) -> Any:
         gate = ACTS[s.act][0](self.layer(x, 12))
@@ -290,8 +290,6 @@ class Run:
 
     def run_Condition(self, s: Condition, x: Any) -> Any:
         width = x.shape[-1]
-        if s.form == "raw":
-            return x + self.time.mean(-1)[:, None, None]
         c = self.embedding if s.source == "embedding" else self.time
         if s.source == "hidden":
             c = jax.nn.silu(self.layer(c, 8, bias=True))
@@ -307,6 +305,8 @@ class Run:
             return jnp.where(keep, x / 0.8, 0.0) if s.kind == "select" else x * keep / 0.8
         if s.kind == "mean":  # over tokens, at every token
             return jnp.broadcast_to(x.mean(1, keepdims=True), x.shape)
+        if s.kind == "time":
+            return x + self.time.mean(-1)[:, None, None]
         if s.kind == "position":  # an additive table of parameters
             return x + self.take(x.shape[1:])
         if s.kind == "squeeze_excite":
@@ -338,16 +338,15 @@ class Run:
         _ = x + self.layer(jax.nn.relu(self.layer(x, n)), n)
         return x
 
-    def run_Residual(self, s: Residual, x: Any) -> Any:
-        body = {"plain": lambda f: f, "jit": jax.jit, "remat": jax.checkpoint}[s.call]
-        return body(lambda x: self.residual(s, x))(x)
-
     def scaled(self, x: Any, factor: str) -> Any:
         if factor == "none":
             return x
         return x * (0.5 if factor == "constant" else self.take(() if factor == "scalar" else x.shape[-1:]))
 
-    def residual(self, s: Residual, x: Any) -> Any:
+    def run_Residual(self, s: Residual, x: Any) -> Any:
+        if s.call != "plain":
+            inner = dataclasses.replace(s, call="plain")
+            return {"jit": jax.jit, "remat": jax.checkpoint}[s.call](lambda x: self.run_Residual(inner, x))(x)
         width = x.shape[-1] * (2 if s.skip == "pad" else 1)
 
         def pool(y: Any) -> Any:
@@ -377,27 +376,12 @@ class Run:
         return x + self.scaled(difference, s.factor)
 
     def run_Cond(self, s: Cond, x: Any) -> Any:
-        start = self.taken
-        starts = self.spans.setdefault((start, s), [])
-        if self.leaves is None:
-            for arm in s.arms:
-                starts.append(self.taken)
-                self.steps(arm, x, x.shape[-1])
-            starts.append(self.taken)
-            return x
-
-        def run(k: int, x: Any) -> Any:
-            self.taken = starts[k]
-            return self.steps(s.arms[k], x, x.shape[-1])
-
-        arms = [functools.partial(run, k) for k in range(len(s.arms))] + [jnp.zeros_like] * s.zero
+        arms = [functools.partial(self.steps, arm, width=x.shape[-1]) for arm in s.arms] + [jnp.zeros_like] * s.zero
         if s.routed:
             index = jnp.where(x.mean() > 0, len(arms) - 1, 0)
         else:
             index = jax.random.randint(self.key, (), 0, len(arms))
-        x = jax.lax.cond(index == 1, arms[1], arms[0], x) if len(arms) == 2 else jax.lax.switch(index, arms, x)
-        self.taken = starts[-1]
-        return x
+        return jax.lax.switch(index, arms, x)  # traces the arms in their order
 
     def run_Scan(self, s: Scan, x: Any) -> Any:
         start = self.taken
@@ -428,20 +412,9 @@ class Run:
         return x
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A branch as it is expected."""
-
-    weights: tuple[str, ...]
-    depth: int
-    order: float
-    order_without_norms: float
-    skip: str
-    skip_weights: tuple[str, ...]
-    repeats: int
-    norms: int
-    arms: tuple[tuple[int, int, int], ...] = ()
-    alternatives: tuple[tuple[str, ...], ...] = ()
+# A branch as it is expected.
+_FIELDS = "weights depth order order_without_norms skip skip_weights repeats norms arms alternatives"
+Found = collections.namedtuple("Found", _FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -452,12 +425,9 @@ class Flow:
     feeds: frozenset[int] = frozenset()
     above: frozenset[int] = frozenset()  # every layer that leads to it
 
-    def change(self, order: Any = None, free: Any = None, depth: Any = None) -> Flow:
-        same = (lambda d: d) if order is None else order
-        free = same if free is None else free
-        return dataclasses.replace(
-            self, frames=tuple((same(a), free(b), c if depth is None else depth(c)) for a, b, c in self.frames)
-        )
+    def change(self, order: Any, free: Any = None, depth: Any = lambda d: d) -> Flow:
+        free = order if free is None else free
+        return dataclasses.replace(self, frames=tuple((order(a), free(b), depth(c)) for a, b, c in self.frames))
 
     def opened(self) -> Flow:
         return dataclasses.replace(self, frames=(*self.frames, (0.0, 0.0, 0)))
@@ -466,24 +436,17 @@ class Flow:
         return dataclasses.replace(self, frames=self.frames[:-1])
 
 
-def _combine(flows: Iterable[Flow], orders: Any) -> Flow:
-    flows = tuple(flows)
+def _combine(orders: Any, *flows: Flow) -> Flow:
+    frames = zip(*(f.frames for f in flows), strict=True)
     return Flow(
-        tuple(
-            (orders(f[0] for f in each), orders(f[1] for f in each), max(f[2] for f in each))
-            for each in zip(*(f.frames for f in flows), strict=True)
-        ),
+        tuple((orders(f[0] for f in each), orders(f[1] for f in each), max(f[2] for f in each)) for each in frames),
         frozenset().union(*(f.feeds for f in flows)),
         frozenset().union(*(f.above for f in flows)),
     )
 
 
-def total(*flows: Flow) -> Flow:
-    return _combine(flows, min)
-
-
-def product(*flows: Flow) -> Flow:
-    return _combine(flows, sum)
+total = functools.partial(_combine, min)
+product = functools.partial(_combine, sum)
 
 
 class Walk:
@@ -566,8 +529,6 @@ class Walk:
         return self.layer(product(scores, v))
 
     def walk_Condition(self, s: Condition, x: Flow) -> Flow:
-        if s.form == "raw":
-            return total(x, self.source(x))
         c = self.source(x, self.embedding if s.source == "embedding" else None)
         if s.source == "hidden":
             c = self.layer(c)
@@ -577,6 +538,8 @@ class Walk:
         return total(x, self.layer(c))
 
     def walk_Op(self, s: Op, x: Flow) -> Flow:
+        if s.kind == "time":
+            return total(x, self.source(x))
         if s.kind == "squeeze_excite":
             return product(x, self.layer(self.layer(x)).change(lambda d: 0.0))
         if s.kind == "glu":
@@ -621,7 +584,7 @@ class Walk:
             found.append(self.found(y, layers, self.norms - norms + common_norms, kind))
             ends.append(y.closed())
         skipped, names = first or skip()
-        self.add([dataclasses.replace(f, skip_weights=names) for f in found])
+        self.add([f._replace(skip_weights=names) for f in found])
         return total(skipped, *ends)
 
     def found(self, end: Flow, layers: Iterable[int], norms: int, skip: str) -> Found:
@@ -711,10 +674,7 @@ def every(steps: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def uses_embedding(net: Net) -> bool:
-    return any(
-        isinstance(s, Condition) and s.form != "raw" and s.source == "embedding"
-        for s in every((*net.memory, *net.steps))
-    )
+    return any(isinstance(s, Condition) and s.source == "embedding" for s in every((*net.memory, *net.steps)))
 
 
 def uses_memory(steps: tuple[Any, ...]) -> bool:
@@ -740,7 +700,9 @@ class Follow(Walk):
         return x
 
     def walk_Op(self, s: Op, x: Flow) -> Flow:
-        return self.layer(x) if s.kind == "sources" else super().walk_Op(s, x)
+        if s.kind in ("sources", "time"):
+            return x if s.kind == "time" else self.layer(x)
+        return super().walk_Op(s, x)
 
 
 def descending(steps: tuple[Any, ...]) -> int:
@@ -760,12 +722,13 @@ def sum_at_end(steps: tuple[Any, ...]) -> Any:
     if isinstance(s, Reuse):
         return sum_at_end(s.steps)
     bare = isinstance(s, (Condition, Toward)) or (isinstance(s, Residual) and not s.scaled)
-    sums = [Act("cubic"), *map(Op, ("parallel", "gate", "sources", "noise", "experts"))]
+    sums = [Act("cubic"), *map(Op, ("time", "parallel", "gate", "sources", "noise", "experts"))]
     return s if bare or s in sums else None
 
 
 def living(steps: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(s for s in steps if s != Op("dead"))
+    """Without what nothing depends on."""
+    return tuple(s for s in steps if any(t != Op("dead") and not isinstance(t, (Scan, Reuse)) for t in every((s,))))
 
 
 def is_state(chain: tuple[Any, ...]) -> bool:
@@ -777,8 +740,8 @@ def linear(steps: tuple[Any, ...]) -> bool:
     """Whether a chain is a linear function of its start."""
     return all(
         isinstance(s, (Dense, Residual, Reuse, Scan))
-        or s in (*MASKS, MEAN, POSITION, *map(Op, ("centre", "dead", "parallel", "sources")))
-        or (isinstance(s, Condition) and s.form in ("add", "raw"))
+        or s in (*MASKS, MEAN, POSITION, *map(Op, ("time", "centre", "dead", "parallel", "sources")))
+        or (isinstance(s, Condition) and s.form == "add")
         or (isinstance(s, Toward) and s.factor != "gate")
         for s in every(steps)
     )
@@ -787,8 +750,8 @@ def linear(steps: tuple[Any, ...]) -> bool:
 def unclear(net: Net) -> Iterator[str]:
     """What in a program can be read in another way than it was written."""
     program = (*net.memory, *net.steps)
-    sources = [s for s in every(program) if isinstance(s, Condition) or s == Op("sources")]
-    if len(sources) > 1 and any(isinstance(s, Condition) and s.form == "raw" for s in sources):
+    sources = [s for s in every(program) if isinstance(s, Condition) or s in (Op("sources"), Op("time"))]
+    if len(sources) > 1 and Op("time") in sources:
         yield "a source as it is, and a layer of it"
     for s in every(program):
         if isinstance(s, Residual):
@@ -797,8 +760,6 @@ def unclear(net: Net) -> Iterator[str]:
             yield from unclear_order(s)
         elif isinstance(s, Toward):
             yield from unclear_branch(Residual((s.steps,)), s.steps, True)
-        elif isinstance(s, Cond) and (not any(s.arms) or len(s.arms) + s.zero < 2):
-            yield "no conditional"
         elif isinstance(s, Scan) and s.length > 3 and any(map(multiplies, every(s.steps))):
             yield "an order that is multiplied in a loop"
 
@@ -842,18 +803,20 @@ def misread(net: Net) -> Iterator[str]:
     """What the library reads otherwise today, and should not."""
     program = (*net.memory, *net.steps)
     several = any(isinstance(s, Residual) and len(s.branches) > 1 for s in every(program))
-    sources = any(isinstance(s, (Condition, Attention)) or s == Op("sources") for s in every(program))
+    sources = any(isinstance(s, (Condition, Attention)) or s in (Op("sources"), Op("time")) for s in every(program))
     if MEAN in every(program) and (several or sources):
         yield "a value that is repeated over tokens"
     for s in every(program):
         if isinstance(s, Residual) and s.shared and 0 < s.minus < s.at:
             yield "a difference of two branches with a shared start, before the skip"
+        if isinstance(s, Residual) and s.skip == "projection" and Op("centre") in every(program):
+            yield "a normalization of what is centred"
 
 
 FACTORS = ("none", "none", "constant", "scalar", "vector")
 NORMS = ("layer", "rms", "l2", "two_pass", "std", "instance", "batch")
 OPS = (
-    "squeeze_excite", "mean", "position", "glu", "parallel", "gate", "mean_gate", "centre", "sources", "noise",
+    "squeeze_excite", "mean", "time", "position", "glu", "parallel", "gate", "mean_gate", "centre", "sources", "noise",
     "concatenate", "experts", "dead",
 )  # fmt: skip
 _widths = st.sampled_from((4, 8, 16))
@@ -878,7 +841,7 @@ _plain_step = st.one_of(
         st.booleans(), st.booleans(), st.booleans(), _widths,
     ),
     st.builds(
-        Condition, st.sampled_from(("add", "add", "film", "film", "scale", "raw")),
+        Condition, st.sampled_from(("add", "film", "scale")),
         st.sampled_from(("time", "hidden", "embedding")),
     ),
     st.builds(Op, st.sampled_from(OPS)),
@@ -893,6 +856,8 @@ def branches(draw: Any, depth: int, skip: str = "identity", shared: tuple[Any, .
     chain = tuple(draw(st.lists(steps(depth, False, True), min_size=1, max_size=4)))
     if not descending(chain):
         chain = (*chain, draw(_dense))
+    elif is_state(living(chain)):
+        chain = (draw(_dense), *chain)
     if skip == "projection":
         if linear((*shared, *chain)):
             chain = (*chain, draw(_act))
@@ -920,7 +885,7 @@ def residuals(draw: Any, depth: int, free: bool, branch: bool = False) -> Residu
         tuple(arms), skip, tuple(factors), shared, at,
         draw(st.booleans()),
         draw(st.sampled_from(("none", "none", "none", "constant", "constant" if branch else "scalar"))),
-        draw(st.sampled_from((0, 0, 0, 0, count, count, 1))),
+        draw(st.sampled_from((0, 0, 0, 0, count, count, 1) if all(map(descending, arms)) else (0,))),
         draw(st.booleans()),
         draw(st.sampled_from(("plain", "plain", "jit", "remat"))),
     )  # fmt: skip
@@ -941,14 +906,13 @@ def steps(depth: int, free: bool, branch: bool = False) -> st.SearchStrategy[Any
         st.builds(
             Toward, branches(depth - 1, "none"), st.sampled_from(("constant", "scalar", "vector", "none", "gate"))
         ),
-        st.builds(_conditional, arms, st.booleans(), st.sampled_from((False, False, True))),
+        st.builds(
+            lambda arms, zero, routed: Cond(arms, zero or len(arms) < 2, routed),
+            arms,
+            st.booleans(),
+            st.sampled_from((False, False, True)),
+        ),
     )
-
-
-def _conditional(arms: tuple[tuple[Any, ...], ...], zero: bool, routed: bool) -> Cond:
-    """A conditional of at least two arms."""
-    arms = arms if any(arms) else ((Act("relu"),), *arms[1:])
-    return Cond(arms if zero or len(arms) > 1 else (*arms, ()), zero, routed)
 
 
 @st.composite
@@ -1000,7 +964,7 @@ def _fits(net: Net) -> bool:
             wide = s.skip != "pad" or all(any(isinstance(t, SETS_WIDTH) for t in b) for b in s.branches)
             if not (s.branches and all(s.branches) and 0 <= s.minus <= len(s.branches) and wide):
                 return False
-        elif not isinstance(s, Cond) and not all(parts(s)):
+        elif not (any(s.arms) and len(s.arms) + s.zero > 1 if isinstance(s, Cond) else all(parts(s))):
             return False
     return not any(unclear(net)) and not any(misread(net))
 
@@ -1009,9 +973,8 @@ def check(net: Net) -> None:
     expected = Walk(net)
     run = Run(net)
     found = fi.structure(run.function(), *INPUTS)
-    names = [field.name for field in dataclasses.fields(Found)]
-    branches = [Found(**{name: getattr(b, name) for name in names}) for b in found.branches]
-    branches = [dataclasses.replace(b, arms=tuple(map(dataclasses.astuple, b.arms))) for b in branches]
+    branches = [Found(*(getattr(b, name) for name in Found._fields)) for b in found.branches]
+    branches = [b._replace(arms=tuple(map(dataclasses.astuple, b.arms))) for b in branches]
     assert branches == expected.branches
     assert found.num_branches == expected.count
     assert len(found.norms) == expected.norms
@@ -1033,12 +996,11 @@ def fails(net: Net) -> bool:
 
 def _examine(net: Net) -> None:
     assume(_fits(net))
-    if not fails(net):
-        return
-    while (less := next((n for n in smaller(net) if _fits(n) and fails(n)), None)) is not None:
-        net = less
-    print(net)
-    check(net)
+    if fails(net):
+        while (less := next((n for n in smaller(net) if _fits(n) and fails(n)), None)) is not None:
+            net = less
+        print(net)
+        check(net)
 
 
 def _property(examples: int, derandomize: bool) -> Any:

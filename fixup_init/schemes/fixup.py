@@ -139,10 +139,9 @@ class Fixup:
     ) -> list[Entry]:
         """Entries for the kernels that are factors of one branch, and for what brings it to zero."""
         entries: list[Entry] = []
-        m = branch.order
         factors = [path for path in dict.fromkeys(branch.weights) if branch.roles[path] == "value"]
         for k, path in enumerate(factors):
-            q = parameters[path]
+            q, m = parameters[path], branch.orders[path]
             place = f"{where}, layer {k + 1} of {len(factors)}: "
             if q.role not in ("kernel", "factor") or branch.shares[path] < 1:
                 continue
