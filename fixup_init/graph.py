@@ -12,7 +12,7 @@ import bisect
 import dataclasses
 import heapq
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -440,9 +440,8 @@ class _Walk:
             heapq.heappush(self._heap, -node)
             before = 0
         self._colors[node] = before | mask
-        if new := mask & ~before:
-            for t in range(len(self._open)):
-                self._open[t] += new >> t & 1
+        for t in _bits(mask & ~before):
+            self._open[t] += 1
 
     def on(self, budget: int | None = None) -> Split | bool:
         """Goes on until one node leads to every term (its split), no node can (False), or the budget ends (True)."""
@@ -460,12 +459,18 @@ class _Walk:
             self._passed[node] = mask
             for above in graph.parents[node]:
                 self._reach(above, mask)
-            for t in range(len(self._open)):
-                if mask >> t & 1:
-                    self._open[t] -= 1
-                    if not self._open[t]:
-                        return False  # every path back from this term has ended
+            for t in _bits(mask):
+                self._open[t] -= 1
+                if not self._open[t]:
+                    return False  # every path back from this term has ended
         return False
+
+
+def _bits(mask: int) -> Iterator[int]:
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
 
 
 def latest_common_ancestor(

@@ -86,20 +86,21 @@ def find(graph: Graph, norms: tuple[Norm, ...]) -> tuple[tuple[Residual, ...], t
             search.undecided.append(verdict)
     found = [search.residuals[node] for node in sorted(search.residuals)]
     given = _conditions(graph, found)
-    kept = tuple(r for r in found if r not in given and not _is_feedthrough(graph, r, found))
+    kept = tuple(r for r in found if r.sum not in given and not _is_feedthrough(graph, r, found))
     return kept, tuple(search.undecided)
 
 
-def _conditions(graph: Graph, found: Sequence[Residual]) -> list[Residual]:
-    """What is added at several depths of one stream: projections of a condition, or an early state of the stream."""
+def _conditions(graph: Graph, found: Sequence[Residual]) -> set[int]:
+    """Sums by which something is added at several depths of one stream: projections of a condition, or an early state of the stream."""
     by_split: dict[tuple[int, Skip], list[Residual]] = {}
     for r in found:
         if r.skip == "projection" or r.chained:
             by_split.setdefault((r.split, r.skip), []).append(r)
-    return [
-        r for several in by_split.values() for r in several
+    return {
+        r.sum for several in by_split.values()
         if any(graph.node_of[one.sum] in b.nodes for one in several for other in several for b in other.branches)
-    ]  # fmt: skip
+        for r in several
+    }  # fmt: skip
 
 
 def _is_feedthrough(graph: Graph, residual: Residual, residuals: Iterable[Residual]) -> bool:
@@ -108,6 +109,9 @@ def _is_feedthrough(graph: Graph, residual: Residual, residuals: Iterable[Residu
     return residual.scaled and any(
         node in b.nodes for r in residuals if r is not residual for b in r.branches
     )  # fmt: skip
+
+
+_MOST = 64  # terms of one n-ary sum; a longer chain of additions is cut there
 
 
 class _Search(Streams):
@@ -119,6 +123,7 @@ class _Search(Streams):
         self.undecided: list[Undecided] = []
         self._doubtful: dict[int, Residual] = {}
         self._absorber: dict[int, int | None] = {}
+        self._terms: dict[int, list[int]] = {}
         self._below: dict[int, tuple[set[int], set[int], int]] = {}
 
     def accept(self, node: int, residual: Residual) -> None:
@@ -169,6 +174,8 @@ class _Search(Streams):
         if not around or user in self.inside or len(graph.parents[user]) < 2:
             return None
         values = self.terms(node)
+        if len(values) > _MOST:
+            return None
         own = self.split(node, values)
         whole = self.split(user, around) if own is not None else None
         if own is None or whole is None or self._interpolated(node) is not None:
@@ -190,12 +197,14 @@ class _Search(Streams):
     def terms(self, node: int) -> list[int]:
         """The terms of an n-ary sum, as values."""
         graph = self.graph
-        found: list[int] = []
-        for v in addends(graph, node):
-            maker = graph.node_of[v]
-            part = is_sum(graph, maker) and maker not in self.inside and self.absorber(maker) == node
-            found.extend(self.terms(maker) if part else [v])
-        return found
+        if node not in self._terms:
+            found: list[int] = []
+            for v in addends(graph, node):
+                maker = graph.node_of[v]
+                part = is_sum(graph, maker) and maker not in self.inside and self.absorber(maker) == node
+                found.extend(self.terms(maker) if part else [v])
+            self._terms[node] = found
+        return self._terms[node]
 
     def split(self, node: int, values: Sequence[int]) -> Split | None:
         """The split of some terms of the sum at a node."""
@@ -290,8 +299,14 @@ class _Search(Streams):
         return None
 
 
+def _end(graph: Graph, term: Term) -> int:
+    return graph.node_of[term.values[0]]
+
+
 def _decide(search: _Search, node: int, values: list[int], split: Split) -> Residual | Undecided | None:
     graph = search.graph
+    if not graph.shape(node):
+        return None  # one number: a sum of losses
     terms = [term_of(search, v, 1 << t, split) for t, v in enumerate(values)]
     weighted = [t for t in terms if t.layers]
     plain = [t for t in terms if not t.layers]
@@ -300,6 +315,8 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
         skips = smooth or plain
         if not smooth and len(plain) > 1:
             return _undecided(search, node, terms, split, "several terms without weights could be the skip")
+    elif weighted and len(chained := [t for t in weighted if search.is_chained(_end(graph, t), split.node)]) == 1:
+        skips = [dataclasses.replace(t, layers=(), nodes=(), aside=()) for t in chained]  # a later state of the stream
     elif weighted:
         fewest = min(len(t.layers) for t in weighted)
         skips = [t for t in weighted if len(t.layers) == fewest]
@@ -322,7 +339,8 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
         return None  # a state that starts empty: a recurrence over time
     skip = together(skips)
     branches = [t for t in terms if not set(t.values) <= set(skip.values) and (t.layers or t.mixes)]
-    if not branches or not carries(search, node, skip, branches, split):
+    state = skip.values and search.is_chained(_end(graph, skip), split.node) and not skip.layers
+    if not branches or not (state or carries(search, node, skip, branches, split)):
         return None
     if not _are_branches(search, node, skip, branches, split):
         return None
@@ -333,7 +351,7 @@ def _are_branches(search: _Search, node: int, skip: Term, branches: list[Term], 
     """Whether terms beside a skip are branches, and not streams of their own."""
     graph = search.graph
     for term in branches:
-        end = graph.node_of[term.values[0]]
+        end = _end(graph, term)
         goes_on = len(graph.users[end]) > 1
         if not follows(search, term, split) and (skip.layers or goes_on):
             return False  # another stream, and a condition that it is given
@@ -372,6 +390,6 @@ def _residual(search: _Search, node: int, skip: Term, branches: list[Term], spli
     kind: Skip = "projection" if skip.layers else "reshape" if reshapes(graph, skip) else "identity"
     within = {n for t in branches for n in t.nodes}
     doubtful = _is_crossed(search, within, split) or any(apart(search, skip, t, split) for t in branches)
-    chained = any(search.is_chained(graph.node_of[t.values[0]], split.node) for t in branches)
+    chained = any(search.is_chained(_end(graph, t), split.node) for t in branches)
     found = tuple(branch_of(search, t) for t in branches)
     return Residual(split.node, graph.value(node), kind, skip.layers, found, is_scaled(graph, skip), chained, doubtful)

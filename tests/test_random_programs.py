@@ -112,16 +112,10 @@ class Cond(Step):
     routed: bool = False  # by the stream and not by chance
 
 
-class Scan(Step):
-    steps: tuple[Any, ...]
-    length: int = 2
-
-
-class Reuse(Step):
-    """The same steps with the same parameters again."""
-
+class Loop(Step):
     steps: tuple[Any, ...]
     times: int = 2
+    form: str = "scan"  # parameters of their own each time; or reuse: the same parameters again
 
 
 class Net(Step):
@@ -132,26 +126,14 @@ class Net(Step):
 
 
 SETS_WIDTH = (Dense, Gated, Attention)
-# What an activation makes of the order of its argument.
-ACTS: dict[str, tuple[Any, Any]] = {
-    "relu": (jax.nn.relu, lambda d: d),
-    "gelu": (jax.nn.gelu, lambda d: d),
-    "erf_gelu": (lambda x: jax.nn.gelu(x, approximate=False), lambda d: d),
-    "silu": (jax.nn.silu, lambda d: d),
-    "tanh": (jnp.tanh, lambda d: d),
-    "elu": (jax.nn.elu, lambda d: d),
-    "leaky_relu": (jax.nn.leaky_relu, lambda d: d),
-    "relu6": (jax.nn.relu6, lambda d: d),
-    "hard_tanh": (jax.nn.hard_tanh, lambda d: d),
-    "mish": (jax.nn.mish, lambda d: d),
-    "soft_sign": (jax.nn.soft_sign, lambda d: d),
-    "hard_swish": (jax.nn.hard_swish, lambda d: d),
-    "squareplus": (jax.nn.squareplus, lambda d: 0.0),
-    "squared_relu": (lambda x: jnp.square(jax.nn.relu(x)), lambda d: 2 * d),
-    "cubic": (lambda x: x + 0.04 * x**3, lambda d: d),
-    "sigmoid": (jax.nn.sigmoid, lambda d: 0.0),
-    "softplus": (jax.nn.softplus, lambda d: 0.0),
-    "softmax": (jax.nn.softmax, lambda d: 0.0),
+# Activations, and what factor they put on the order of their argument.
+SLOPED = ("relu", "gelu", "silu", "tanh", "elu", "leaky_relu", "relu6", "hard_tanh", "mish", "soft_sign", "hard_swish")
+ACTS: dict[str, tuple[Any, int]] = {
+    **{name: (getattr(jax.nn, name), 1) for name in SLOPED},
+    **{name: (getattr(jax.nn, name), 0) for name in ("sigmoid", "softplus", "squareplus", "softmax")},
+    "erf_gelu": (lambda x: jax.nn.gelu(x, approximate=False), 1),
+    "squared_relu": (lambda x: jnp.square(jax.nn.relu(x)), 2),
+    "cubic": (lambda x: x + 0.04 * x**3, 1),
 }
 
 
@@ -383,10 +365,15 @@ class Run:
             index = jax.random.randint(self.key, (), 0, len(arms))
         return jax.lax.switch(index, arms, x)  # traces the arms in their order
 
-    def run_Scan(self, s: Scan, x: Any) -> Any:
+    def run_Loop(self, s: Loop, x: Any) -> Any:
         start = self.taken
+        if s.form == "reuse":
+            for _ in range(s.times):
+                self.taken = start
+                x = self.steps(s.steps, x, x.shape[-1])
+            return x
         if self.leaves is None:
-            self.lengths.append(s.length)
+            self.lengths.append(s.times)
             x = self.steps(s.steps, x, x.shape[-1])
             self.lengths.pop()
             self.spans[start, s] = self.taken
@@ -401,14 +388,7 @@ class Run:
             self.leaves = outside
             return x, None
 
-        x, _ = jax.lax.scan(body, x, {n: outside[n] for n in names}, length=s.length)
-        return x
-
-    def run_Reuse(self, s: Reuse, x: Any) -> Any:
-        start = self.taken
-        for _ in range(s.times):
-            self.taken = start
-            x = self.steps(s.steps, x, x.shape[-1])
+        x, _ = jax.lax.scan(body, x, {n: outside[n] for n in names}, length=s.times)
         return x
 
 
@@ -453,12 +433,10 @@ class Walk:
     """Works out the structure of a program: sums take the least order, products add them, each layer adds one."""
 
     def __init__(self, net: Net) -> None:
-        self.names = 0
+        self.names = self.norms = self.switches = self.count = 0
         self.layers: list[tuple[str, ...]] = []  # in trace order, by the names of what each kernel is joined from
         self.arms: list[tuple[tuple[int, int, int], ...]] = []  # (conditional, arm, arms) around each layer
         self.arm: tuple[tuple[int, int, int], ...] = ()
-        self.switches = self.count = 0
-        self.norms = 0
         self.branches: list[Found] = []
         self.inside: set[int] = set()  # layers in branches and on skips
         self.split: Flow | None = None  # the first
@@ -496,10 +474,6 @@ class Walk:
         """A value from outside of every branch around `like`."""
         return dataclasses.replace(of or Flow(), frames=((0.0, 0.0, 0),) * len(like.frames))
 
-    def normalized(self, x: Flow) -> Flow:
-        self.norms += 1
-        return x.change(lambda d: 0.0, lambda d: d)
-
     def steps(self, steps: Iterable[Any], x: Flow) -> Flow:
         for s in steps:
             x = getattr(self, f"walk_{type(s).__name__}")(s, x)
@@ -509,10 +483,11 @@ class Walk:
         return self.layer(x, s.kernel)
 
     def walk_Act(self, s: Act, x: Flow) -> Flow:
-        return x.change(ACTS[s.name][1])
+        return x.change(lambda d: ACTS[s.name][1] * d)
 
     def walk_Norm(self, s: Norm, x: Flow) -> Flow:
-        return self.normalized(x)
+        self.norms += 1
+        return x.change(lambda d: 0.0, lambda d: d)
 
     def walk_Gated(self, s: Gated, x: Flow) -> Flow:
         gate = self.walk_Act(Act(s.act), self.layer(x))
@@ -522,7 +497,7 @@ class Walk:
         source = x if s.source == "self" else self.source(x, self.memory)
         q, k, v = self.layer(x), self.layer(source), self.layer(source)
         if s.norms:
-            q, k = self.normalized(q), self.normalized(k)
+            q, k = self.walk_Norm(Norm(), q), self.walk_Norm(Norm(), k)
         scores = product(q, k)
         if s.softmax:
             scores = scores.change(lambda d: 0.0)
@@ -631,25 +606,24 @@ class Walk:
         if self.split is None or x.above < self.split.above:
             self.split = x
 
-    def walk_Scan(self, s: Scan, x: Flow) -> Flow:
-        self.repeats *= s.length
+    def walk_Loop(self, s: Loop, x: Flow) -> Flow:
+        if s.form == "reuse":
+            names = self.names
+            for _ in range(s.times):
+                self.names = names
+                x = self.steps(s.steps, x)
+            return x
+        self.repeats *= s.times
         x = self.steps(s.steps, x)
-        self.repeats //= s.length
+        self.repeats //= s.times
         if x.frames:  # in a branch, the layers of every pass are in series
             kept = dict(vars(self))
             self.muted = True
-            for _ in range(s.length - 1):
+            for _ in range(s.times - 1):
                 self.layers, self.arms = list(kept["layers"]), list(kept["arms"])
                 self.inside = set(kept["inside"])
                 x = dataclasses.replace(self.steps(s.steps, x), feeds=x.feeds, above=x.above)
             vars(self).update(kept)
-        return x
-
-    def walk_Reuse(self, s: Reuse, x: Flow) -> Flow:
-        names = self.names
-        for _ in range(s.times):
-            self.names = names
-            x = self.steps(s.steps, x)
         return x
 
 
@@ -663,7 +637,7 @@ def parts(s: Any) -> tuple[tuple[Any, ...], ...]:
         return (s.shared, *s.branches)
     if isinstance(s, Cond):
         return s.arms
-    return (s.steps,) if isinstance(s, (Scan, Reuse, Toward)) else ()
+    return (s.steps,) if isinstance(s, (Loop, Toward)) else ()
 
 
 def every(steps: tuple[Any, ...]) -> Iterator[Any]:
@@ -719,7 +693,7 @@ def sum_at_end(steps: tuple[Any, ...]) -> Any:
     """The last step of a chain if its last operation is a bare addition."""
     steps = living(steps)
     s = steps[-1] if steps else None
-    if isinstance(s, Reuse):
+    if isinstance(s, Loop) and s.form == "reuse":
         return sum_at_end(s.steps)
     bare = isinstance(s, (Condition, Toward)) or (isinstance(s, Residual) and not s.scaled)
     sums = [Act("cubic"), *map(Op, ("time", "parallel", "gate", "sources", "noise", "experts"))]
@@ -728,7 +702,7 @@ def sum_at_end(steps: tuple[Any, ...]) -> Any:
 
 def living(steps: tuple[Any, ...]) -> tuple[Any, ...]:
     """Without what nothing depends on."""
-    return tuple(s for s in steps if any(t != Op("dead") and not isinstance(t, (Scan, Reuse)) for t in every((s,))))
+    return tuple(s for s in steps if any(t != Op("dead") and not isinstance(t, Loop) for t in every((s,))))
 
 
 def is_state(chain: tuple[Any, ...]) -> bool:
@@ -739,7 +713,7 @@ def is_state(chain: tuple[Any, ...]) -> bool:
 def linear(steps: tuple[Any, ...]) -> bool:
     """Whether a chain is a linear function of its start."""
     return all(
-        isinstance(s, (Dense, Residual, Reuse, Scan))
+        isinstance(s, (Dense, Residual, Loop))
         or s in (*MASKS, MEAN, POSITION, *map(Op, ("time", "centre", "dead", "parallel", "sources")))
         or (isinstance(s, Condition) and s.form == "add")
         or (isinstance(s, Toward) and s.factor != "gate")
@@ -760,7 +734,7 @@ def unclear(net: Net) -> Iterator[str]:
             yield from unclear_order(s)
         elif isinstance(s, Toward):
             yield from unclear_branch(Residual((s.steps,)), s.steps, True)
-        elif isinstance(s, Scan) and s.length > 3 and any(map(multiplies, every(s.steps))):
+        elif isinstance(s, Loop) and s.form == "scan" and s.times > 3 and any(map(multiplies, every(s.steps))):
             yield "an order that is multiplied in a loop"
 
 
@@ -901,8 +875,8 @@ def steps(depth: int, free: bool, branch: bool = False) -> st.SearchStrategy[Any
         _plain_step,
         _plain_step,
         *[blocks] * (6 if branch else 2),
-        st.builds(Scan, inner, st.integers(2, 5)),
-        st.builds(Reuse, inner, st.integers(2, 3)),
+        st.builds(Loop, inner, st.integers(2, 5)),
+        st.builds(Loop, inner, st.integers(2, 3), st.just("reuse")),
         st.builds(
             Toward, branches(depth - 1, "none"), st.sampled_from(("constant", "scalar", "vector", "none", "gate"))
         ),
@@ -943,14 +917,14 @@ def smaller(value: Any) -> Iterator[Any]:
         for field in dataclasses.fields(value):
             now = getattr(value, field.name)
             if field.default is not dataclasses.MISSING and now != field.default:
-                yield dataclasses.replace(value, **{field.name: field.default})  # pyright: ignore[reportArgumentType]
+                yield dataclasses.replace(value, **{field.name: field.default})
             if isinstance(now, tuple):
                 for less in smaller(now):
                     if isinstance(value, Residual) and field.name == "branches":
                         more = {"at": min(value.at, len(less)), "minus": min(value.minus, len(less))}
                         yield dataclasses.replace(value, branches=less, **more)
                     elif field.name != "factors":
-                        yield dataclasses.replace(value, **{field.name: less})  # pyright: ignore[reportArgumentType]
+                        yield dataclasses.replace(value, **{field.name: less})
 
 
 def _fits(net: Net) -> bool:
@@ -1012,7 +986,7 @@ def _property(examples: int, derandomize: bool) -> Any:
     return lambda test: how(given(nets())(test))
 
 
-@_property(200, True)
+@_property(300, True)
 def test_random_programs(net: Net) -> None:
     _examine(net)
 
