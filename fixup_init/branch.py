@@ -101,7 +101,7 @@ def arms_of(graph: Graph, node: int) -> dict[int, Arm]:
 
 def _shares(
     graph: Graph, ops: list[int], end: int, kernels: Sequence[tuple[tuple[int, ...], dict[int, Arm]]],
-    transparent: dict[int, int] | None,
+    transparent: dict[int, tuple[int, ...]] | None,
 ) -> tuple[float, dict[int, float], dict[int, float]]:  # fmt: skip
     """The order of a branch's end in all its kernels, how much of it each is, and what it is where each runs, by value.
 

@@ -39,6 +39,7 @@ class Norm:
 
     source: int
     core: int
+    centred: int  # source minus its mean, where that was found apart; else the source
     end: int
     region: frozenset[int]
     axes: tuple[int, ...]
@@ -137,6 +138,7 @@ def _statistical(graph: Graph, node: int, op: Op) -> Norm | None:
         return None
     centred = _centring(graph, start)
     nodes = set(region)
+    around = source
     if centred is not None:
         nodes |= {start, *centred[1]}
         source = graph.value(centred[0])
@@ -144,7 +146,7 @@ def _statistical(graph: Graph, node: int, op: Op) -> Norm | None:
     scale = _leaves_of(graph, [n for n in region if _is(graph, n, p.mul_p)])
     end, tail, scale_after, bias = _affine(graph, node, source)
     return Norm(
-        source, op.outputs[0], graph.value(end), frozenset(nodes | {node, *tail}), (), False, "train",
+        source, op.outputs[0], around, graph.value(end), frozenset(nodes | {node, *tail}), (), False, "train",
         tuple(dict.fromkeys((*scale, *scale_after))), bias,
     )  # fmt: skip
 
@@ -175,7 +177,7 @@ def _inference(graph: Graph, node: int, op: Op) -> Norm | None:
     scale = tuple(o for o in graph.origins.get(factor, ()) if graph.leaves[o].kind == "param")
     end, tail, scale_after, bias = _affine(graph, node, stream)
     return Norm(
-        stream, op.outputs[0], graph.value(end), frozenset(nodes | set(tail)), (), True, "inference",
+        stream, op.outputs[0], stream, graph.value(end), frozenset(nodes | set(tail)), (), True, "inference",
         tuple(dict.fromkeys((*scale, *scale_after))), bias,
     )  # fmt: skip
 

@@ -75,7 +75,7 @@ def orders(
     graph: Graph,
     ops: Iterable[int],
     seeds: Mapping[int, Order],
-    transparent: Mapping[int, int] | None = None,
+    transparent: Mapping[int, Sequence[int]] | None = None,
     arms: Mapping[int, np.ndarray] | None = None,
     far: bool = False,
     inside: bool = False,
@@ -87,7 +87,8 @@ def orders(
       ops: indices into `graph.program.ops`, in order.
       seeds: orders given to values (the factors that shrink have 1); any other value from outside has 0. A seed may be
         a vector: then so is every order that it reaches, one entry for each question asked at once.
-      transparent: for a normalization's result, the value that it normalizes; its order passes through.
+      transparent: for a normalization's result, the value that it normalizes, and that value less its mean: the order
+        of the first that is known passes through.
       inside: a term of a sum that neither is a seed nor was made by `ops` does not count.
       far: for factors that grow instead: no constant that is added counts.
       arms: for a conditional, by its number, the arm that runs in each entry; -1 where any may, and the least counts.
@@ -108,7 +109,8 @@ def orders(
             found = _order(graph, op, known, arms, far, inside)
             for v in op.outputs:
                 if v not in seeds:
-                    known[v] = known.get(transparent[v], 0.0) if transparent and v in transparent else found
+                    passed = transparent.get(v, ()) if transparent else ()
+                    known[v] = next((known[s] for s in passed if s in known), 0.0) if passed else found
             at += 1
 
     run([graph.program.ops[k] for k in ops])

@@ -27,6 +27,7 @@ from fixup_init.terms import (
     apart,
     carries,
     follows,
+    is_fed,
     is_gated,
     is_linear,
     is_repeated,
@@ -54,6 +55,7 @@ class Residual:
     skip_layers: tuple[int, ...]
     branches: tuple[Branch, ...]
     scaled: bool  # whether a parameter multiplies the skip
+    fed: bool  # whether a branch has another source than the split
     chained: bool  # whether the branch is a later state of the stream that the skip is a state of
     doubtful: bool  # a stream that began elsewhere runs through a branch, or skip and branch share no part of the split
 
@@ -91,10 +93,10 @@ def find(graph: Graph, norms: tuple[Norm, ...]) -> tuple[tuple[Residual, ...], t
 
 
 def _conditions(graph: Graph, found: Sequence[Residual]) -> set[int]:
-    """Sums by which something is added at several depths of one stream: projections of a condition, or an early state of the stream."""
+    """Sums that add something at several depths of one stream: projections of a condition, or an early state of it."""
     by_split: dict[tuple[int, Skip], list[Residual]] = {}
     for r in found:
-        if r.skip == "projection" or r.chained:
+        if (r.skip == "projection" and r.fed) or r.chained:
             by_split.setdefault((r.split, r.skip), []).append(r)
     return {
         r.sum for several in by_split.values()
@@ -181,17 +183,20 @@ class _Search(Streams):
         if own is None or whole is None or self._interpolated(node) is not None:
             return None
         terms = [term_of(self, v, 1 << t, own) for t, v in enumerate(values)]
-        if any(is_repeated(graph, v, node) for v in values) or not any(t.layers or t.mixes for t in terms):
-            return None  # a condition, or one elementwise formula
+        if not any(t.layers or t.mixes for t in terms):
+            return None  # one elementwise formula
+        for v in values:
+            if is_repeated(graph, v, node, whole.node) and not reaches(graph, whole.node, graph.node_of[v]):
+                return None  # a condition
         later, difference = own.node > whole.node, op.primitive is p.sub_p
         if later or difference:
             residual = isinstance(_decide(self, node, values, own), Residual)
-            if later and (residual or difference):
-                return None  # a residual inside of a branch, or x - mean(x)
+            if later and residual:
+                return None  # a residual inside of a branch
             if later and (all(is_gated(self, v) for v in values) or all(is_linear(self, t) for t in terms)):
                 return None  # a mixture of experts, or a low-rank addition to a kernel
             if difference and not residual and not all(t.layers for t in terms):
-                return None
+                return None  # x - mean(x)
         return user
 
     def terms(self, node: int) -> list[int]:
@@ -244,8 +249,8 @@ class _Search(Streams):
             (node,) = graph.parents[node]
         return self.residuals[node].split == split
 
-    def is_chained(self, node: int, start: int) -> bool:
-        """Whether residual sums alone lead from one node to another."""
+    def is_chained(self, node: int, start: int, linear: bool = False) -> bool:
+        """Whether residual sums alone lead from one node to another, with activations between them maybe."""
         graph = self.graph
         seen, todo = {node}, [node]
         while todo:
@@ -253,6 +258,9 @@ class _Search(Streams):
             if n == start:
                 continue
             if n < start or n in graph.layers or (n not in self.splits and mixes(graph, n)):
+                return False
+            op = graph.op(n)
+            if linear and n not in self.splits and (op is None or op.primitive not in SCALING):
                 return False
             above = (self.splits[n],) if n in self.splits else graph.parents[n]
             todo.extend(a for a in above if a not in seen)
@@ -315,7 +323,7 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
         skips = smooth or plain
         if not smooth and len(plain) > 1:
             return _undecided(search, node, terms, split, "several terms without weights could be the skip")
-    elif weighted and len(chained := [t for t in weighted if search.is_chained(_end(graph, t), split.node)]) == 1:
+    elif weighted and len(chained := [t for t in weighted if search.is_chained(_end(graph, t), split.node, True)]) == 1:
         skips = [dataclasses.replace(t, layers=(), nodes=(), aside=()) for t in chained]  # a later state of the stream
     elif weighted:
         fewest = min(len(t.layers) for t in weighted)
@@ -339,7 +347,7 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
         return None  # a state that starts empty: a recurrence over time
     skip = together(skips)
     branches = [t for t in terms if not set(t.values) <= set(skip.values) and (t.layers or t.mixes)]
-    state = skip.values and search.is_chained(_end(graph, skip), split.node) and not skip.layers
+    state = not skip.layers and search.is_chained(_end(graph, skip), split.node, True)
     if not branches or not (state or carries(search, node, skip, branches, split)):
         return None
     if not _are_branches(search, node, skip, branches, split):
@@ -392,4 +400,8 @@ def _residual(search: _Search, node: int, skip: Term, branches: list[Term], spli
     doubtful = _is_crossed(search, within, split) or any(apart(search, skip, t, split) for t in branches)
     chained = any(search.is_chained(_end(graph, t), split.node) for t in branches)
     found = tuple(branch_of(search, t) for t in branches)
-    return Residual(split.node, graph.value(node), kind, skip.layers, found, is_scaled(graph, skip), chained, doubtful)
+    fed = any(is_fed(graph, t, split) for t in branches)
+    return Residual(
+        split.node, graph.value(node), kind, skip.layers, found, is_scaled(graph, skip), fed, chained,
+        doubtful,
+    )  # fmt: skip

@@ -16,8 +16,8 @@ from fixup_init.normalization import Norm
 from fixup_init.orders import PRODUCT, Order, has_rule, orders
 
 __all__ = [
-    "SCALING", "UNSCALED", "Streams", "Term", "addends", "apart", "carries", "follows", "is_gated", "is_linear",
-    "is_repeated", "is_scaled", "is_sum", "mixes", "ops_of", "reshapes", "term_of", "together", "unscaled",
+    "SCALING", "UNSCALED", "Streams", "Term", "addends", "apart", "carries", "follows", "is_fed", "is_gated",
+    "is_linear", "is_repeated", "is_scaled", "is_sum", "mixes", "ops_of", "reshapes", "term_of", "together", "unscaled",
 ]  # fmt: skip
 
 # Operations that combine different positions or channels.
@@ -48,7 +48,7 @@ class Streams:
     def __init__(self, graph: Graph, norms: tuple[Norm, ...]) -> None:
         self.graph = graph
         self.inside = frozenset().union(*(n.region for n in norms))  # nodes of normalizations
-        self.transparent = {n.core: n.source for n in norms}
+        self.transparent = {n.core: (n.source, n.centred) for n in norms}
         self.normed = {graph.node_of[n.core] for n in norms}
         self.weighted = set(graph.layers)  # nodes with a weight layer at or before them
         for node, above in graph.parents.items():
@@ -168,7 +168,9 @@ def carries(streams: Streams, node: int, skip: Term, branches: list[Term], split
     known = orders(graph, ops, _seeds(graph, split.node), streams.transparent, inside=True)
     if any(known.get(v, 0.0) != 1 for v in skip.values):
         return False
-    if any(is_repeated(graph, v, node) for v in skip.values) and any(_is_fed(graph, t, split) for t in branches):
+    if any(is_repeated(graph, v, node, split.node) for v in skip.values) and any(
+        is_fed(graph, t, split) for t in branches
+    ):
         return False
     held = {split.node, *skip.nodes}
     for n in skip.nodes:
@@ -185,10 +187,10 @@ def carries(streams: Streams, node: int, skip: Term, branches: list[Term], split
     return all(bool(np.all(known.get(v, 0.0) >= 1)) for v in skip.values)
 
 
-def is_repeated(graph: Graph, value: int, node: int) -> bool:
+def is_repeated(graph: Graph, value: int, node: int, split: int) -> bool:
     """Whether a term has fewer entries than the sum, and is repeated for it."""
     while (op := graph.op(graph.node_of[value])) is not None:
-        if op.primitive not in (p.convert_element_type_p, p.broadcast_in_dim_p):
+        if op.primitive not in (p.convert_element_type_p, p.broadcast_in_dim_p) or graph.node_of[value] == split:
             break
         if not graph.is_activation(op.inputs[0]):
             break
@@ -196,7 +198,7 @@ def is_repeated(graph: Graph, value: int, node: int) -> bool:
     return math.prod(graph.program.shape(value)) < math.prod(graph.shape(node))
 
 
-def _is_fed(graph: Graph, term: Term, split: Split) -> bool:
+def is_fed(graph: Graph, term: Term, split: Split) -> bool:
     """Whether a term has another source than the split."""
     held = {split.node, *term.nodes}
     return any(a not in held for n in term.nodes for a in graph.parents[n])

@@ -1,8 +1,8 @@
 """Random residual programs whose structure is known by construction, and that it is found exactly.
 
 A program is a chain of steps, and a branch of a residual step is a chain again. `Run` executes it in plain JAX;
-`Walk` works out the structure from the same steps, without a graph. `unclear` says which programs are left out: they
-can be read in another way than they were written.
+`Walk` works out the structure from the same steps, without a graph. Left out are programs that can be read in another
+way than they were written (`unclear`), and those that the library misreads (`misread`).
 """
 
 from __future__ import annotations
@@ -769,25 +769,31 @@ def unclear_order(s: Residual) -> Iterator[str]:
         counts = [descending(b) for b in first]
         if counts.count(min(counts)) < 2 or not min(counts) or any(map(linear, first)):
             yield "a residual, or one linear map, behind what branches share"
-        if any(b[-1] in (Op("squeeze_excite"), Op("glu")) or sum_at_end(b) for b in first):
+        if any(b[-1] in (Op("squeeze_excite"), Op("mean_gate"), Op("glu")) or sum_at_end(b) for b in first):
             yield "a mixture behind what branches share"
 
 
 def misread(net: Net) -> Iterator[str]:
     """What the library reads otherwise today, and should not."""
     program = (*net.memory, *net.steps)
-    several = any(isinstance(s, Residual) and len(s.branches) > 1 for s in every(program))
     sources = any(isinstance(s, (Condition, Attention)) or s in (Op("sources"), Op("time")) for s in every(program))
+    residuals = [s for s in every(program) if isinstance(s, Residual)]
+    several = any(len(s.branches) > 1 for s in residuals)
     if MEAN in every(program) and (several or sources):
         yield "a value that is repeated over tokens"
-    for s in every(program):
-        if isinstance(s, Residual) and s.shared and 0 < s.minus < s.at:
+    for s in residuals:
+        if s.shared and 0 < s.minus < s.at:
             yield "a difference of two branches with a shared start, before the skip"
-        if isinstance(s, Residual) and s.skip == "projection" and Op("centre") in every(program):
+        if s.skip == "projection" and Op("centre") in every(program):
             yield "a normalization of what is centred"
+        if len(s.branches) > 1 and sources and any(isinstance(sum_at_end(b), Toward) for b in s.branches):
+            yield "a conditioned interpolation at the end of a branch"
+        if s.skip == "projection" and any(
+            isinstance(t, Residual) and t.skip == "projection" for t in every((*s.shared, *sum(s.branches, ())))
+        ):
+            yield "a projection in a branch beside a projection"
 
 
-FACTORS = ("none", "none", "constant", "scalar", "vector")
 NORMS = ("layer", "rms", "l2", "two_pass", "std", "instance", "batch")
 OPS = (
     "squeeze_excite", "mean", "time", "position", "glu", "parallel", "gate", "mean_gate", "centre", "sources", "noise",
@@ -854,7 +860,7 @@ def residuals(draw: Any, depth: int, free: bool, branch: bool = False) -> Residu
         arms = [draw(branches(depth, skip, shared)) for _ in range(count)]
     if skip == "projection" and not all(scales((*shared, *b)) for b in arms):
         skip = "identity"
-    factors = [draw(st.sampled_from(FACTORS)) for _ in arms]
+    factors = [draw(st.sampled_from(("none", "none", "constant", "scalar", "vector"))) for _ in arms]
     return Residual(
         tuple(arms), skip, tuple(factors), shared, at,
         draw(st.booleans()),
