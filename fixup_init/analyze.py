@@ -194,7 +194,7 @@ def _probe(traced: Traced, heads: set[str], params: Any, probe: Probe) -> tuple[
         v for v in dict.fromkeys(program.outputs)
         if graph.is_activation(v) and jnp.issubdtype(program.dtype(v), jnp.inexact)
     )  # fmt: skip
-    nodes = [n for n, layer in graph.layers.items() if layer.path in heads]
+    nodes = [n for n, layer in graph.layers.items() if layer.path in heads and layer.kind != "embedding"]
     if probe == "output" or not nodes:
         return outputs, "output"
     if probe == "auto":

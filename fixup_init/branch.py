@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from typing import Literal
 
 import numpy as np
@@ -26,10 +24,10 @@ class Branch:
     """One branch of a residual sum, in nodes and values of the program.
 
     `order` is that of its end in all its kernels, normalizations included; `free_order` disregards normalizations.
-    `roles` says of each layer whether shrinking it shrinks the branch once normalizations are disregarded ("value"),
+    `roles` says of each layer whether it is a factor of what passes through it, normalizations disregarded ("value"),
     and if not, whether its result multiplies the value path position by position ("gate") or steers it otherwise, such
-    as under a softmax ("control"); `last` are the value layers with no other behind. `closing` are the parameters
-    nearest the end, kernels apart, that multiply the branch: a normalization's scale, a multiplier.
+    as under a softmax ("control"); `last` are the latest value layers that bring the branch to zero. `closing` are the
+    parameters nearest the end, kernels apart, that multiply the branch: a normalization's scale, a multiplier.
     """
 
     end: int  # value: the term as it enters the sum
@@ -40,7 +38,7 @@ class Branch:
     free_order: float
     roles: dict[int, Role]  # by layer
     last: tuple[int, ...]
-    shares: dict[int, float]  # of `order`, by kernel leaf; 0 where a normalization or a control path lies behind
+    shares: dict[int, float]  # by kernel leaf, the order along its paths; 0 where a norm or a control path lies behind
     in_arms: dict[int, float]  # the order where a kernel leaf runs, in its arms of conditionals
     closing: tuple[int, ...]  # leaves
 
@@ -53,14 +51,19 @@ def branch_of(streams: Streams, term: Term) -> Branch:
     ops = ops_of(graph, term)
     # Parameters as the optimizer sees them, and kernels as the equations do: standardization lies between.
     used = {n: graph.layers[n].kernel for n in layers}
-    question = functools.partial(_shares, graph, ops, end)
-    order, shares, in_arms = question([(graph.layers[n].kernels, arms_of(graph, n)) for n in layers], None)
+    groups = {n: graph.layers[n].kernels for n in layers}
+    order, in_arms = _orders(graph, ops, end, groups)
+    shares = _paths(graph, ops, end, groups, None)
     if _is_plain(streams, ops, layers):
-        free_order, free = order, {used[n]: shares[graph.layers[n].kernels[0]] for n in layers}
+        free_order, free = order, {used[n]: shares[groups[n][0]] for n in layers}
     else:
-        free_order, free, _ = question([((used[n],), arms_of(graph, n)) for n in layers], streams.transparent)
+        seeds: dict[int, Order] = dict.fromkeys(used.values(), 1.0)
+        free_order = float(orders(graph, ops, seeds, streams.transparent).get(end, 0.0))
+        free = _paths(graph, ops, end, {n: (v,) for n, v in used.items()}, streams.transparent)
     value = tuple(n for n in layers if free[used[n]] >= 1)
-    depth, last = _chain(graph, nodes, frozenset(term.nodes), layers, value)
+    cut = set(_closing(graph, ops, end, tuple(dict.fromkeys(used[n] for n in value)), streams.transparent))
+    last = tuple(n for n in value if used[n] in cut)
+    depth = _depth(graph, nodes, frozenset(term.nodes), layers)
     roles: dict[int, Role] = {
         n: "value" if n in value else _steers(graph, n, set(nodes), streams.normed) for n in layers
     }
@@ -99,48 +102,52 @@ def arms_of(graph: Graph, node: int) -> dict[int, Arm]:
     return found
 
 
-def _shares(
-    graph: Graph, ops: list[int], end: int, kernels: Sequence[tuple[tuple[int, ...], dict[int, Arm]]],
-    transparent: dict[int, tuple[int, ...]] | None,
-) -> tuple[float, dict[int, float], dict[int, float]]:  # fmt: skip
-    """The order of a branch's end in all its kernels, how much of it each is, and what it is where each runs, by value.
+def _orders(
+    graph: Graph, ops: list[int], end: int, groups: dict[int, tuple[int, ...]]
+) -> tuple[float, dict[int, float]]:
+    """The order of a branch's end in all its kernels, and by kernel what it is in the arms where that one runs."""
+    seeds: dict[int, Order] = {v: 1.0 for values in groups.values() for v in values}
+    arms = {n: found for n in groups if (found := arms_of(graph, n))}
+    whole = float(orders(graph, ops, seeds).get(end, 0.0))
+    own = dict.fromkeys(seeds, whole)
+    if arms:
+        runs: dict[int, np.ndarray] = {}
+        for k, found in enumerate(arms.values()):
+            for switch, arm in found.items():
+                runs.setdefault(switch, np.full(len(arms), -1))[k] = arm.index
+        each = np.broadcast_to(orders(graph, ops, seeds, arms=runs).get(end, 0.0), (len(arms),))
+        own |= {v: float(each[k]) for k, n in enumerate(arms) for v in groups[n]}
+    return whole, own
 
-    Two kernels in parallel have one order between them; what is joined to one kernel shrinks together. All questions
-    are asked at once: entry 0 is the whole, entry k the rest without kernel k; where there are conditionals, in the
-    arms where kernel k is, and then entry n + k is the whole in these arms.
-    """
-    groups: dict[int, tuple[tuple[int, ...], dict[int, Arm]]] = {}
-    for values, arms in kernels:
-        groups.setdefault(values[0], (values, arms))
-    n = len(groups)
-    armed = any(arms for _, arms in groups.values())
-    size = 1 + 2 * n if armed else 1 + n
-    seeds: dict[int, Order] = {v: np.ones(size) for values, _ in groups.values() for v in values}
-    runs: dict[int, np.ndarray] = {}
-    for k, (values, arms) in enumerate(groups.values(), 1):
+
+def _paths(
+    graph: Graph, ops: list[int], end: int, groups: dict[int, tuple[int, ...]],
+    transparent: dict[int, tuple[int, ...]] | None,
+) -> dict[int, float]:  # fmt: skip
+    """By kernel value, the order of a branch's end along the paths that lead through it: 1 for a factor, 0 for what a
+    softmax, a sigmoid or a normalization hides. What is joined to one kernel counts together."""
+    several = dict.fromkeys(groups.values())
+    seeds: dict[int, Order] = {}
+    for k, values in enumerate(several):
         for v in values:
-            seeds[v][k] = 0.0  # pyright: ignore[reportIndexIssue]
-        for switch, arm in arms.items():
-            runs.setdefault(switch, np.full(size, -1))[[k, k + n]] = arm.index
-    found = np.broadcast_to(orders(graph, ops, seeds, transparent, runs or None).get(end, 0.0), (size,))
-    if not math.isfinite(found[0]):
-        return float(found[0]), dict.fromkeys(seeds, 0.0), dict.fromkeys(seeds, float(found[0]))
-    whole = found[n + 1 :] if armed else np.full(n, found[0])
-    with np.errstate(invalid="ignore"):
-        share = np.nan_to_num(whole - found[1 : n + 1], nan=0.0, posinf=0.0, neginf=0.0)
-    several = [(values, k) for k, (values, _) in enumerate(groups.values())]
-    return (
-        float(found[0]),
-        {v: float(share[k]) for values, k in several for v in values},
-        {v: float(whole[k]) for values, k in several for v in values},
-    )
+            seed = seeds.setdefault(v, np.full(len(several), np.nan))
+            seed[k] = 1.0  # pyright: ignore[reportIndexIssue]
+    found = np.broadcast_to(orders(graph, ops, seeds, transparent, inside=True).get(end, np.nan), (len(several),))
+    found = np.where(np.isfinite(found), found, 0.0)
+    return {v: float(found[k]) for k, values in enumerate(several) for v in values}
 
 
 _AT_ONCE = 32
 
 
-def _closing(graph: Graph, ops: list[int], end: int, leaves: tuple[int, ...]) -> tuple[int, ...]:
-    """The latest parameters, kernels apart, that bring a branch to zero together; () where none do."""
+def _closing(
+    graph: Graph,
+    ops: list[int],
+    end: int,
+    leaves: tuple[int, ...],
+    transparent: dict[int, tuple[int, ...]] | None = None,
+) -> tuple[int, ...]:
+    """The latest of some values that bring a branch to zero together; () where not even all of them do."""
     latest = leaves[::-1]
     chosen: list[int] = []
     for start in range(0, len(latest), _AT_ONCE):
@@ -148,13 +155,13 @@ def _closing(graph: Graph, ops: list[int], end: int, leaves: tuple[int, ...]) ->
         seeds: dict[int, Order] = dict.fromkeys(latest[:start], 1.0)
         for k, leaf in enumerate(more):  # entry k: all leaves up to the k-th
             seeds[leaf] = (np.arange(len(more)) >= k).astype(float)
-        enough = np.broadcast_to(orders(graph, ops, seeds).get(end, 0.0), (len(more),)) >= 1
+        enough = np.broadcast_to(orders(graph, ops, seeds, transparent).get(end, 0.0), (len(more),)) >= 1
         if enough.any():
             chosen = list(latest[: start + int(enough.argmax()) + 1])
             break
-    for leaf in tuple(chosen) if len(chosen) > 1 else ():
+    for leaf in chosen[::-1] if len(chosen) > 1 else ():
         rest = [v for v in chosen if v != leaf]
-        if rest and orders(graph, ops, dict.fromkeys(rest, 1.0)).get(end, 0.0) >= 1:
+        if rest and orders(graph, ops, dict.fromkeys(rest, 1.0), transparent).get(end, 0.0) >= 1:
             chosen = rest
     return tuple(reversed(chosen))
 
@@ -181,29 +188,15 @@ def _steers(graph: Graph, layer: int, nodes: set[int], normed: set[int]) -> Role
 _RESULTS = (jaxprs.CARRY_OUT, jaxprs.STACK_OUT)
 
 
-def _chain(
-    graph: Graph, nodes: list[int], below: frozenset[int], layers: tuple[int, ...], value: tuple[int, ...]
-) -> tuple[int, tuple[int, ...]]:
-    """Longest chain of weight layers, and the value layers with no other value layer behind.
-
-    A scan whose carry comes from the split counts as often as it is long.
-    """
+def _depth(graph: Graph, nodes: list[int], below: frozenset[int], layers: tuple[int, ...]) -> int:
+    """Longest chain of weight layers; a scan whose carry comes from the split counts as often as it is long."""
     depth: dict[int, int] = {}
-    above: dict[int, frozenset[int]] = {}  # the nearest value layers that lead to a node
-    last: set[int] = set()
     for n in nodes:
-        parents = [a for a in graph.parents[n] if a in depth]
-        depth[n] = max((depth[a] for a in parents), default=0) + (n in layers)
+        depth[n] = max((depth[a] for a in graph.parents[n] if a in depth), default=0) + (n in layers)
         op = graph.op(n)
         if op is not None and op.primitive in _RESULTS:
             depth[n] += _again(graph, op, below)
-        nearest = frozenset().union(*(above[a] for a in parents))
-        if n in value:
-            last -= nearest
-            last.add(n)
-            nearest = frozenset({n})
-        above[n] = nearest
-    return max(depth.values(), default=0), tuple(sorted(last))
+    return max(depth.values(), default=0)
 
 
 def _again(graph: Graph, end: Op, below: Container[int]) -> int:

@@ -89,7 +89,8 @@ def orders(
         a vector: then so is every order that it reaches, one entry for each question asked at once.
       transparent: for a normalization's result, the value that it normalizes, and that value less its mean: the order
         of the first that is known passes through.
-      inside: a term of a sum that neither is a seed nor was made by `ops` does not count.
+      inside: a term of a sum that neither is a seed nor was made by `ops` does not count. In vectors NaN says that a
+        value does not depend on what the entry asks for, and does not count either.
       far: for factors that grow instead: no constant that is added counts.
       arms: for a conditional, by its number, the arm that runs in each entry; -1 where any may, and the least counts.
 
@@ -166,9 +167,18 @@ def _again(run: Callable[[Sequence[Op]], None], body: Sequence[Op], loop: Loop, 
 def _least(values: Sequence[Order]) -> Order:
     if len(values) == 1:
         return values[0]
-    if any(isinstance(v, np.ndarray) for v in values):
-        return functools.reduce(np.minimum, values)
-    return min(values)
+    vectors = [v for v in values if isinstance(v, np.ndarray)]
+    numbers = [v for v in values if not isinstance(v, np.ndarray)]
+    if not vectors:
+        return min(numbers)
+    least = functools.reduce(np.fmin, vectors)
+    return np.minimum(least, min(numbers)) if numbers else least  # NaN, not dependent, stays NaN
+
+
+def _product(left: Order, right: Order) -> Order:
+    if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
+        return np.where(np.isnan(left), right, np.where(np.isnan(right), left, left + right))
+    return left + right
 
 
 def _order(
@@ -190,7 +200,7 @@ def _order(
     if primitive in KEEP:
         return of(op.inputs[0])
     if primitive in PRODUCT:
-        return of(op.inputs[0]) + of(op.inputs[1])
+        return _product(of(op.inputs[0]), of(op.inputs[1]))
     if primitive in LEAST:
         inputs = op.inputs
         if primitive is p.dynamic_update_slice_p:
@@ -204,11 +214,14 @@ def _order(
         elif primitive in _ADDITIVE and any(graph.is_activation(v) for v in inputs):
             inputs = tuple(v for v in inputs if not graph.is_parameter(v))  # additive parameters do not count
             if inside:
-                inputs = tuple(v for v in inputs if v in known or not graph.is_activation(v)) or inputs
+                asked = [v for v in inputs if isinstance(known.get(v), np.ndarray)]
+                asked = asked or [v for v in inputs if v in known and graph.is_activation(v)]
+                inputs = (*asked, *(v for v in inputs if not graph.is_activation(v))) if asked else inputs
         return _least([of(v, guard=True) for v in inputs]) if inputs else 0.0
     if primitive is p.select_n_p:
         chosen = _at_zero(graph, op.inputs[0]) if len(op.inputs) == 3 else None
-        return _least([of(v) for v in op.inputs[1:]]) if chosen is None else of(op.inputs[1 + chosen])
+        found = [of(v) for v in op.inputs[1:]] if chosen is None else [of(op.inputs[1 + chosen])]
+        return _least([x for x in found if isinstance(x, np.ndarray)] or found) if inside else _least(found)
     if primitive is p.clamp_p:
         return of(op.inputs[1])
     if primitive is jaxprs.CHOOSE:
@@ -220,21 +233,23 @@ def _order(
         return np.select([runs == k for k in range(len(found))], found, least)
     if primitive is p.div_p:
         above, below = of(op.inputs[0]), of(op.inputs[1])
-        return above - np.where(np.isfinite(below), below, 0.0) if isinstance(below, np.ndarray) else (
-            above - below if math.isfinite(below) else above
-        )  # fmt: skip
+        if isinstance(below, np.ndarray):
+            return _product(above, np.where(np.isinf(below), 0.0, -below))
+        return above - below if math.isfinite(below) else above
     if primitive is p.sort_p:
         return of(op.inputs[0])
     power = _power(graph, op)
     if power is not None:
         x = of(op.inputs[0])
         if isinstance(x, np.ndarray):
-            return power * np.where(np.isfinite(x) | (power > 0), x, 0.0) if power else np.zeros_like(x)
+            found = power * np.where(np.isinf(x) & (power < 0), 0.0, x) if power else np.zeros_like(x)
+            return np.where(np.isnan(x), np.nan, found)
         return power * x if power and (math.isfinite(x) or power > 0) else 0.0
     if primitive in _DISCRETE or primitive in SQUASH:
-        return 0.0
+        x = of(op.inputs[0]) if primitive in SQUASH else 0.0
+        return np.where(np.isnan(x), np.nan, 0.0) if isinstance(x, np.ndarray) else 0.0
     if jaxprs.is_ragged_dot(primitive):
-        return of(op.inputs[0]) + of(op.inputs[1])
+        return _product(of(op.inputs[0]), of(op.inputs[1]))
     if primitive in jaxprs.collectives():
         return of(op.inputs[0])
     streams = [of(v) for v in op.inputs if graph.is_activation(v) or v in known]

@@ -83,11 +83,12 @@ class Branch:
       order_without_norms: D with its normalizations disregarded.
       skip: what lies beside it.
       repeats: how many branches of the network this one stands for (a scan body stands for its length).
-      roles: for each weight, "value" (shrinking it shrinks the branch, normalizations disregarded), "gate" (it does
-        not, and its result multiplies the branch position by position), "control" (it does not, and steers otherwise,
+      roles: for each weight, "value" (a factor of what passes through it, normalizations disregarded), "gate" (it is
+        not, and its result multiplies the branch position by position), "control" (it is not, and steers otherwise,
         as queries and keys do) or "shortcut" (it is on the skip).
-      last: the value layers with no other behind them.
-      shares: for each weight, how much of `order` it is: 0 on a control path, and where a normalization follows.
+      last: the latest value layers that bring the branch to zero together, normalizations disregarded.
+      shares: for each weight, the order along the paths through it: 0 on a control path, and where a normalization
+        follows.
       orders: for each weight, the order where it runs: that of its arm, in a conditional; else `order`.
       closing: parameters nearest the end, kernels apart, that multiply the branch: a norm's scale, a multiplier.
       norms: how many normalizations it holds.
@@ -590,10 +591,21 @@ def _role(graph: Graph, node: int, value: int, leaf: int) -> Role:
             and sum(graph.is_activation(v) for v in o.inputs[o.primitive is p.select_n_p :]) > 1
             for u in graph.users[node]
         )  # fmt: skip
-        return "other" if piecewise or _is_part(graph, value, leaf) else "multiplier"
+        apart = _is_part(graph, value, leaf) or _scales_difference(graph, node)
+        return "other" if piecewise or apart else "multiplier"
     if op.primitive in (p.add_p, p.sub_p):
         return "position" if _is_table(graph, node, value, leaf) else "bias"
     return "other"
+
+
+def _scales_difference(graph: Graph, node: int) -> bool:
+    """x + a (f(x) - x): a says how far to go; at 1 nothing of x would be left."""
+    above = [graph.op(a) for a in graph.parents[node]]
+    return any(
+        o is not None and o.primitive is p.sub_p and all(graph.is_activation(v) for v in o.inputs)
+        and any(graph.node_of[v] in graph.parents.get(u, ()) for u in graph.users[node] for v in o.inputs)
+        for o in above
+    )  # fmt: skip
 
 
 def _is_part(graph: Graph, value: int, leaf: int) -> bool:
