@@ -343,8 +343,9 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
     begun = graph.op(split.node)
     if graph.loop(split.node) is not graph.loop(node):
         return None  # a state that a loop is given
-    if begun is not None and begun.primitive is jaxprs.CARRY_IN and not graph.parents[split.node]:
-        return None  # a state that starts empty: a recurrence over time
+    empty = begun is not None and begun.primitive is jaxprs.CARRY_IN and not graph.parents[split.node]
+    if empty and not any(t.layers for t in terms):
+        return None  # a state that starts empty and is not refined by layers: a recurrence over time
     skip = together(skips)
     branches = [t for t in terms if not set(t.values) <= set(skip.values) and (t.layers or t.mixes)]
     state = not skip.layers and search.is_chained(_end(graph, skip), split.node, True)
