@@ -490,3 +490,22 @@ def test_paths_of_different_depth_end_in_zero() -> None:
     drawn = fi.init(model, jax.random.key(0), VECTORS)
     assert [float(np.abs(drawn[k]).max()) for k in "wb"] == [0.0, 0.0]
     assert float(np.abs(drawn["a"]).max()) > 0
+
+
+def test_a_state_that_starts_empty_is_a_stream_where_layers_refine_it() -> None:
+    def refined(p: Any, x: Any) -> Any:
+        def step(flow: Any, _: Any) -> Any:
+            return flow + jax.nn.relu((x + flow) @ p["a"]) @ p["b"], None
+
+        return jax.lax.scan(step, jnp.zeros_like(x), None, length=4)[0] @ p["head"]
+
+    def remembered(p: Any, x: Any) -> Any:
+        def step(state: Any, k: Any) -> Any:
+            state = state + k[:, None] * (k - k @ state)[None]
+            return state, k @ state
+
+        return jax.lax.scan(step, jnp.zeros((16, 16)), x @ p["a"])[1] @ p["head"]
+
+    s = found(refined, square("a b head"))
+    assert [(b.depth, b.repeats) for b in s.branches] == [(2, 4)] and s.num_branches == 4
+    assert not found(remembered, square("a head")).branches
