@@ -78,6 +78,7 @@ class Branch:
 
     Attributes:
       weights: its weight layers, parameter paths in trace order.
+      own: those of them that no earlier branch holds; the others are in a residual inside of it, or in another stream.
       depth: weight layers in series (the longest chain).
       order: D, the branch behaves as c^D when all its kernels are multiplied by c and c goes to 0.
       order_without_norms: D with its normalizations disregarded.
@@ -100,6 +101,7 @@ class Branch:
     """
 
     weights: tuple[str, ...]
+    own: tuple[str, ...]
     depth: int
     order: float
     order_without_norms: float
@@ -303,7 +305,7 @@ def of_trace(traced: Traced) -> Structure:
     layers = {n: _layer_infos(graph, n, repeats(n)) for n in graph.layers}
     sums = sorted(s.sum for s in (*traced.residuals, *traced.undecided))
     names = _Names(graph, layers, frozenset(graph.node_of[n.core] for n in traced.norms),
-                   {v: k for k, v in enumerate(sums, 1)})  # fmt: skip
+                   {v: k for k, v in enumerate(sums, 1)}, _owners(traced.residuals))  # fmt: skip
     branches = tuple(
         _branch(names, residual, branch, repeats(graph.node_of[residual.sum]))
         for residual in traced.residuals
@@ -351,9 +353,19 @@ class _Names:
     layers: dict[int, tuple[LayerInfo, ...]]  # by node
     norms: frozenset[int]  # nodes
     sums: dict[int, int]  # number by value
+    owner: dict[int, int]  # the end of the first branch that holds a layer, by its node
 
     def paths(self, nodes: Iterable[int]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(info.path for n in nodes for info in self.layers[n]))
+
+
+def _owners(residuals: Iterable[Residual]) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for residual in residuals:
+        for branch in residual.branches:
+            for n in branch.layers:
+                found.setdefault(n, branch.end)
+    return found
 
 
 def _undecided(
@@ -405,6 +417,7 @@ def _branch(names: _Names, residual: Residual, branch: BranchNodes, repeats: int
     roles |= dict.fromkeys(skips, "shortcut")
     return Branch(
         weights=tuple(info.path for n in branch.layers for info in names.layers[n]),
+        own=names.paths(n for n in branch.layers if names.owner.get(n, branch.end) == branch.end),
         depth=branch.depth,
         order=branch.order,
         order_without_norms=branch.free_order,

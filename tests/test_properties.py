@@ -466,7 +466,6 @@ NOT_MEASURED = {
     "haiku-vqvae": "its code book is state, and zero here",
 }
 WRONG = {
-    "lora": "a path with more kernels beside a shorter one is not brought to zero",
     "ngpt": "x + a (f(x) - x) with a at 1 loses x",
 }
 

@@ -90,9 +90,11 @@ class Fixup:
         for branch, (first, last) in zip(structure.branches, structure.numbers, strict=True):
             where = f"branch {first}" + (f"-{last}" if last > first else "") + f" of {L}"
             for entry in self._asides(branch, where, parameters):
-                asides.setdefault(entry.path, entry)
+                if entry.path in branch.own:
+                    asides.setdefault(entry.path, entry)
             for entry in self._branch(branch, where, L, parameters, notes):
-                claim(entry)
+                if entry.path in branch.own or entry.path not in branch.weights:
+                    claim(entry)
         shortcuts = {path for b in structure.branches for path in b.skip_weights}
         for path in heads:
             parameter = parameters[path]
