@@ -778,20 +778,9 @@ def misread(net: Net) -> Iterator[str]:
     program = (*net.memory, *net.steps)
     sources = any(isinstance(s, (Condition, Attention)) or s in (Op("sources"), Op("time")) for s in every(program))
     residuals = [s for s in every(program) if isinstance(s, Residual)]
-    several = any(len(s.branches) > 1 for s in residuals)
-    if MEAN in every(program) and (several or sources):
-        yield "a value that is repeated over tokens"
     for s in residuals:
-        if s.shared and 0 < s.minus < s.at:
-            yield "a difference of two branches with a shared start, before the skip"
-        if s.skip == "projection" and Op("centre") in every(program):
-            yield "a normalization of what is centred"
         if len(s.branches) > 1 and sources and any(isinstance(sum_at_end(b), Toward) for b in s.branches):
             yield "a conditioned interpolation at the end of a branch"
-        if s.skip == "projection" and any(
-            isinstance(t, Residual) and t.skip == "projection" for t in every((*s.shared, *sum(s.branches, ())))
-        ):
-            yield "a projection in a branch beside a projection"
 
 
 NORMS = ("layer", "rms", "l2", "two_pass", "std", "instance", "batch")
