@@ -126,6 +126,7 @@ class _Search(Streams):
         self._doubtful: dict[int, Residual] = {}
         self._absorber: dict[int, int | None] = {}
         self._terms: dict[int, list[int]] = {}
+        self.cut: set[int] = set()  # sums that would have gone on
         self._below: dict[int, tuple[set[int], set[int], int]] = {}
 
     def accept(self, node: int, residual: Residual) -> None:
@@ -177,6 +178,7 @@ class _Search(Streams):
             return None
         values = self.terms(node)
         if len(values) > _MOST:
+            self.cut.add(node)
             return None
         own = self.split(node, values)
         whole = self.split(user, around) if own is not None else None
@@ -249,7 +251,7 @@ class _Search(Streams):
             (node,) = graph.parents[node]
         return self.residuals[node].split == split
 
-    def is_chained(self, node: int, start: int, linear: bool = False) -> bool:
+    def is_chained(self, node: int, start: int) -> bool:
         """Whether residual sums alone lead from one node to another, with activations between them maybe."""
         graph = self.graph
         seen, todo = {node}, [node]
@@ -258,9 +260,6 @@ class _Search(Streams):
             if n == start:
                 continue
             if n < start or n in graph.layers or (n not in self.splits and mixes(graph, n)):
-                return False
-            op = graph.op(n)
-            if linear and n not in self.splits and (op is None or op.primitive not in SCALING):
                 return False
             above = (self.splits[n],) if n in self.splits else graph.parents[n]
             todo.extend(a for a in above if a not in seen)
@@ -323,8 +322,8 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
         skips = smooth or plain
         if not smooth and len(plain) > 1:
             return _undecided(search, node, terms, split, "several terms without weights could be the skip")
-    elif weighted and len(chained := [t for t in weighted if search.is_chained(_end(graph, t), split.node, True)]) == 1:
-        skips = [dataclasses.replace(t, layers=(), nodes=(), aside=()) for t in chained]  # a later state of the stream
+    elif begun_before := [t for t in weighted if _end(graph, t) in search.cut]:
+        skips = [dataclasses.replace(t, layers=(), nodes=(), aside=()) for t in begun_before]  # the stream so far
     elif weighted:
         fewest = min(len(t.layers) for t in weighted)
         skips = [t for t in weighted if len(t.layers) == fewest]
@@ -348,7 +347,7 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
         return None  # a state that starts empty and is not refined by layers: a recurrence over time
     skip = together(skips)
     branches = [t for t in terms if not set(t.values) <= set(skip.values) and (t.layers or t.mixes)]
-    state = not skip.layers and search.is_chained(_end(graph, skip), split.node, True)
+    state = not skip.layers and _end(graph, skip) in search.cut
     if not branches or not (state or carries(search, node, skip, branches, split)):
         return None
     if not _are_branches(search, node, skip, branches, split):
