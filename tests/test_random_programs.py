@@ -778,6 +778,8 @@ def misread(net: Net) -> Iterator[str]:
     program = (*net.memory, *net.steps)
     sources = any(isinstance(s, (Condition, Attention)) or s in (Op("sources"), Op("time")) for s in every(program))
     residuals = [s for s in every(program) if isinstance(s, Residual)]
+    if MEAN in every(program) and (any(len(s.branches) > 1 for s in residuals) or sources):
+        yield "a value that is repeated over tokens"
     for s in residuals:
         if len(s.branches) > 1 and sources and any(isinstance(sum_at_end(b), Toward) for b in s.branches):
             yield "a conditioned interpolation at the end of a branch"
