@@ -292,11 +292,16 @@ def is_gated(streams: Streams, value: int) -> bool:
     return all(n in streams.weighted for n in nodes) and len({_formula(graph, n) for n in nodes if n is not None}) > 1
 
 
-def _formula(graph: Graph, node: int) -> int:
-    """The node that an elementwise formula of one stream begins at."""
-    while node not in graph.layers and len(graph.parents[node]) == 1 and not mixes(graph, node):
-        above = graph.parents[node][0]
-        if graph.shape(above) != graph.shape(node):
-            break
-        node = above
-    return node
+def _formula(graph: Graph, node: int) -> frozenset[int]:
+    """The nodes that an elementwise formula begins at."""
+    begins: set[int] = set()
+    seen, todo = {node}, [node]
+    while todo:
+        n = todo.pop()
+        above = graph.parents[n]
+        if n in graph.layers or not above or mixes(graph, n) or any(graph.shape(a) != graph.shape(n) for a in above):
+            begins.add(n)
+        else:
+            todo.extend(a for a in above if a not in seen)
+            seen.update(above)
+    return frozenset(begins)
