@@ -21,7 +21,7 @@ import numpy as np
 from fixup_init import jaxprs
 from fixup_init.jaxprs import Loop, Op, Program, p
 
-__all__ = ["COPIES", "Graph", "Layer", "Leaf", "Split", "build", "latest_common_ancestor", "reaches"]
+__all__ = ["COPIES", "Graph", "Layer", "Leaf", "Split", "ancestors", "build", "latest_common_ancestor", "reaches"]
 
 PARAM, STATE, INPUT, NOISE = 1, 2, 4, 8
 _KINDS = {"param": PARAM, "state": STATE, "input": INPUT, "noise": NOISE}
@@ -166,7 +166,7 @@ def build(program: Program, leaves: Sequence[Leaf]) -> Graph:
                 node_of[v] = node
             layer = _weight_layer(program, op, node, kind, origins, by_value, maker)
             if layer is None and op.primitive is p.dot_general_p:
-                layer = _chosen_kernel(program, op, node, layers, node_of, maker, len(inputs))
+                layer = _chosen_kernel(program, op, node, layers, maker, len(inputs))
             if layer is not None:
                 layers[node] = layer
         elif bits & (PARAM | STATE):
@@ -333,9 +333,8 @@ def _varies(program: Program, maker: dict[int, int], value: int) -> set[int]:
 
 
 def _chosen_kernel(
-    program: Program, op: Op, node: int, layers: dict[int, Layer], node_of: dict[int, int], maker: dict[int, int],
-    first: int,
-) -> Layer | None:  # fmt: skip
+    program: Program, op: Op, node: int, layers: dict[int, Layer], maker: dict[int, int], first: int
+) -> Layer | None:
     """A contraction with kernels that were read from a table of kernels, one for each row: experts. The layer is the
     contraction and not the reading, which is taken from `layers`."""
     contract, batch = op.params["dimension_numbers"]
@@ -490,7 +489,7 @@ def latest_common_ancestor(
     if found is True:
         if len(terms) == 2:
             pairs = zip(terms, terms[::-1], strict=True)
-            sides = [(few, other) for t, other in pairs if (few := _few_ancestors(graph, t))]
+            sides = [(sorted(few, reverse=True), other) for t, other in pairs if (few := ancestors(graph, [t], _FEW))]
             if sides:
                 few, other = min(sides, key=lambda side: len(side[0]))
                 split = next((a for a in few if reaches(graph, a, other)), None)
@@ -500,17 +499,17 @@ def latest_common_ancestor(
     return found if isinstance(found, Split) else None
 
 
-def _few_ancestors(graph: Graph, node: int) -> list[int] | None:
-    """A node and its ancestors, latest first, unless they are many."""
-    seen, todo = {node}, [node]
+def ancestors(graph: Graph, nodes: Iterable[int], most: float = math.inf) -> set[int] | None:
+    """Nodes and all that leads to them, or None where these are more than `most`."""
+    seen, todo = set(nodes), list(nodes)
     while todo:
         for a in graph.parents[todo.pop()]:
             if a not in seen:
                 seen.add(a)
                 todo.append(a)
-        if len(seen) > _FEW:
+        if len(seen) > most:
             return None
-    return sorted(seen, reverse=True)
+    return seen
 
 
 def reaches(graph: Graph, node: int, descendant: int) -> bool:

@@ -273,12 +273,9 @@ def _at_zero(graph: Graph, predicate: int) -> bool | None:
 
 def _is_store(graph: Graph, value: int) -> bool:
     """Whether an array that is written into comes from outside as it is: a cache."""
-    while not (made_from := value in graph.leaves):
-        k = graph.maker.get(value)
-        if k is None or graph.program.ops[k].primitive not in COPIES | _UPDATES:
-            break
+    while (k := graph.maker.get(value)) is not None and graph.program.ops[k].primitive in COPIES | _UPDATES:
         value = graph.program.ops[k].inputs[0]
-    return made_from
+    return value in graph.leaves
 
 
 def _slack(graph: Graph, primitive: Any, value: int) -> bool:

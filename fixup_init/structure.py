@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fixup_init import jaxprs
 from fixup_init.branch import Branch as BranchNodes
 from fixup_init.branch import arms_of
-from fixup_init.graph import COPIES, Graph
+from fixup_init.graph import COPIES, Graph, ancestors
 from fixup_init.jaxprs import Loop, opaque, p
 from fixup_init.orders import has_rule, orders
 from fixup_init.plain import plain
@@ -316,7 +316,7 @@ def of_trace(traced: Traced) -> Structure:
     heads, open_heads = _heads(traced, in_branches)
     stems = [n for n in sorted(layers) if n not in in_branches and n not in heads]
     if traced.residuals:
-        before = _ancestors(graph, min(r.split for r in traced.residuals))
+        before = ancestors(graph, [min(r.split for r in traced.residuals)]) or set()
         stems = [n for n in stems if n in before]
     else:
         stems = stems[:1]
@@ -499,16 +499,6 @@ def _carried(graph: Graph, loop: Loop) -> frozenset[int]:
         if any(a in below for a in graph.parents[n]):
             below.add(n)
     return frozenset(below & back)
-
-
-def _ancestors(graph: Graph, node: int) -> set[int]:
-    seen, todo = {node}, [node]
-    while todo:
-        for a in graph.parents[todo.pop()]:
-            if a not in seen:
-                seen.add(a)
-                todo.append(a)
-    return seen
 
 
 def _leads_to_layers(graph: Graph) -> set[int]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Iterable
 
 import numpy as np
 
 from fixup_init import jaxprs
-from fixup_init.graph import COPIES, Graph, Split
+from fixup_init.graph import COPIES, Graph, Split, ancestors
 from fixup_init.jaxprs import Op, p
 from fixup_init.normalization import Norm
 from fixup_init.orders import PRODUCT, Order, has_rule, orders
@@ -54,18 +53,8 @@ class Streams:
         for node, above in graph.parents.items():
             if any(a in self.weighted for a in above):
                 self.weighted.add(node)
-        self.alive = _ancestors(graph, graph.outputs)  # the rest only goes on to the next pass of a scan
+        self.alive = ancestors(graph, graph.outputs) or set()  # the rest only goes on to the next pass of a scan
         self.splits: dict[int, int] = {}  # of the residuals found, by the node of the sum
-
-
-def _ancestors(graph: Graph, nodes: Iterable[int]) -> set[int]:
-    seen, todo = set(nodes), list(nodes)
-    while todo:
-        for a in graph.parents[todo.pop()]:
-            if a not in seen:
-                seen.add(a)
-                todo.append(a)
-    return seen
 
 
 def addends(graph: Graph, node: int) -> tuple[int, ...]:
