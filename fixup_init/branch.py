@@ -68,14 +68,28 @@ def branch_of(streams: Streams, term: Term) -> Branch:
         n: "value" if n in value else _steers(graph, n, set(nodes), streams.normed) for n in layers
     }
     kernels = {v for n in layers for v in graph.layers[n].kernels}
-    others = dict.fromkeys(
-        v for k in ops for v in graph.program.ops[k].inputs
-        if v in graph.leaves and graph.leaves[v].kind == "param" and v not in kernels
-    )  # fmt: skip
+    others = [v for v in _meeting(graph, ops) if v not in kernels]
     return Branch(
         end, frozenset(nodes), layers, depth, order, free_order, roles, last, shares, in_arms,
         _closing(graph, ops, end, tuple(others)),
     )  # fmt: skip
+
+
+def _meeting(graph: Graph, ops: list[int]) -> list[int]:
+    """The parameters among some ops, in the order in which they meet activations: casts may stand far in front."""
+    met: dict[int, None] = {}
+    made: dict[int, dict[int, None]] = {}  # the parameters that a value is computed from alone
+    for k in ops:
+        op = graph.program.ops[k]
+        leaves: dict[int, None] = {}
+        for v in op.inputs:
+            leaf = graph.leaves.get(v)
+            leaves |= {v: None} if leaf is not None and leaf.kind == "param" else made.get(v, {})
+        if k + len(graph.inputs) in graph.parents:
+            met |= leaves
+        else:
+            made |= dict.fromkeys(op.outputs, leaves)
+    return list(met)
 
 
 def _is_plain(streams: Streams, ops: list[int], layers: tuple[int, ...]) -> bool:

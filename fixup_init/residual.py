@@ -164,6 +164,7 @@ class _Search(Streams):
     def absorber(self, node: int) -> int | None:
         """The sum that a sum is part of: it is used there alone, and is no residual with a later split."""
         if node not in self._absorber:
+            self._absorber[node] = None  # while it is looked for: a sum beside it asks for it too
             self._absorber[node] = self._find_absorber(node)
         return self._absorber[node]
 
@@ -181,14 +182,22 @@ class _Search(Streams):
             self.cut.add(node)
             return None
         own = self.split(node, values)
-        whole = self.split(user, around) if own is not None else None
-        if own is None or whole is None or self._interpolated(node) is not None:
+        if own is None or self._interpolated(node) is not None:
+            return None
+        beside = [t for v in around if graph.node_of[v] != node for t in self._parts(user, v)]
+        whole = self.split(user, [graph.value(node), *beside])
+        if graph.op(own.node) is None:  # of inputs none is the latest
+            joined = self.split(user, [*values, *beside])
+            whole = joined if joined is not None and joined.node == own.node else whole
+        if whole is None:
             return None
         terms = [term_of(self, v, 1 << t, own) for t, v in enumerate(values)]
         if not any(t.layers or t.mixes for t in terms):
             return None  # one elementwise formula
         for v in values:
-            if is_repeated(graph, v, node, whole.node) and not reaches(graph, whole.node, graph.node_of[v]):
+            maker = graph.node_of[v]
+            same = reaches(graph, whole.node, maker) or self.is_chained(whole.node, maker)
+            if not same and is_repeated(graph, v, node, whole.node):
                 return None  # a condition
         later, difference = own.node > whole.node, op.primitive is p.sub_p
         if later or difference:
@@ -207,11 +216,15 @@ class _Search(Streams):
         if node not in self._terms:
             found: list[int] = []
             for v in addends(graph, node):
-                maker = graph.node_of[v]
-                part = is_sum(graph, maker) and maker not in self.inside and self.absorber(maker) == node
-                found.extend(self.terms(maker) if part else [v])
+                found.extend(self._parts(node, v))
             self._terms[node] = found
         return self._terms[node]
+
+    def _parts(self, node: int, value: int) -> list[int]:
+        """What a term brings to the sum at a node: its own terms, where it is a sum that is part of that one."""
+        maker = self.graph.node_of[value]
+        part = is_sum(self.graph, maker) and maker not in self.inside and self.absorber(maker) == node
+        return self.terms(maker) if part else [value]
 
     def split(self, node: int, values: Sequence[int]) -> Split | None:
         """The split of some terms of the sum at a node."""

@@ -2,7 +2,7 @@
 
 A program is a chain of steps, and a branch of a residual step is a chain again. `Run` executes it in plain JAX;
 `Walk` works out the structure from the same steps, without a graph. Left out are programs that can be read in another
-way than they were written (`unclear`), and those that the library misreads (`misread`).
+way than they were written (`unclear`).
 """
 
 from __future__ import annotations
@@ -706,8 +706,12 @@ def living(steps: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def is_state(chain: tuple[Any, ...]) -> bool:
-    """Whether a chain returns a residual sum."""
-    return bool(chain) and isinstance(chain[0], (Residual, Toward)) and all(s in (*MASKS, POSITION) for s in chain[1:])
+    """Whether a chain returns a residual sum, shifted maybe."""
+    return (
+        bool(chain)
+        and isinstance(chain[0], (Residual, Toward))
+        and all(s in (*MASKS, POSITION) or (isinstance(s, Condition) and s.form == "add") for s in chain[1:])
+    )
 
 
 def linear(steps: tuple[Any, ...]) -> bool:
@@ -771,18 +775,6 @@ def unclear_order(s: Residual) -> Iterator[str]:
             yield "a residual, or one linear map, behind what branches share"
         if any(b[-1] in (Op("squeeze_excite"), Op("mean_gate"), Op("glu")) or sum_at_end(b) for b in first):
             yield "a mixture behind what branches share"
-
-
-def misread(net: Net) -> Iterator[str]:
-    """What the library reads otherwise today, and should not."""
-    program = (*net.memory, *net.steps)
-    sources = any(isinstance(s, (Condition, Attention)) or s in (Op("sources"), Op("time")) for s in every(program))
-    residuals = [s for s in every(program) if isinstance(s, Residual)]
-    if MEAN in every(program) and (any(len(s.branches) > 1 for s in residuals) or sources):
-        yield "a value that is repeated over tokens"
-    for s in residuals:
-        if len(s.branches) > 1 and sources and any(isinstance(sum_at_end(b), Toward) for b in s.branches):
-            yield "a conditioned interpolation at the end of a branch"
 
 
 NORMS = ("layer", "rms", "l2", "two_pass", "std", "instance", "batch")
@@ -937,7 +929,7 @@ def _fits(net: Net) -> bool:
                 return False
         elif not (any(s.arms) and len(s.arms) + s.zero > 1 if isinstance(s, Cond) else all(parts(s))):
             return False
-    return not any(unclear(net)) and not any(misread(net))
+    return not any(unclear(net))
 
 
 def check(net: Net) -> None:
