@@ -186,7 +186,7 @@ class _Search(Streams):
             return None
         beside = [t for v in around if graph.node_of[v] != node for t in self._parts(user, v)]
         whole = self.split(user, [graph.value(node), *beside])
-        if graph.op(own.node) is None:  # of inputs none is the latest
+        if graph.op(own.node) is None and (whole is None or graph.op(whole.node) is None):  # no input is the latest
             joined = self.split(user, [*values, *beside])
             whole = joined if joined is not None and joined.node == own.node else whole
         if whole is None:
