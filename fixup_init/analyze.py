@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from fixup_init import blocks, frameworks, schemes, statistics, taps
 from fixup_init.frameworks import ModelError
 from fixup_init.frameworks.application import path_of
 from fixup_init.initialize import draw
-from fixup_init.propagation import Comparison, Propagation, Row
+from fixup_init.propagation import Comparison, Propagation, Row, Weight
 from fixup_init.sample import typed_key
 from fixup_init.schemes import Scheme
 from fixup_init.structure import of_trace
@@ -23,6 +25,7 @@ __all__ = ["CASES", "DataError", "analyze", "compare"]
 
 Probe = Literal["auto", "output", "head"]
 Progress = Callable[[str, int, int], None]
+Loss = Callable[[Any], Any]
 
 # (scheme, normalization): normalized; the same with normalization taken out; and with Fixup instead.
 CASES: tuple[tuple[str, str], ...] = (("model", "kept"), ("model", "removed"), ("fixup", "removed"))
@@ -32,17 +35,36 @@ class DataError(ValueError):
     """Input data that cannot be measured with."""
 
 
+@overload
+def analyze(
+    model: Any, variables: Any, *args: Any, normalization: str = ..., probe: Probe = ..., loss: Loss | None = ...,
+    steps: None = None, optimizer: Any = ..., key: Any = ..., label: str | None = ..., progress: Progress | None = ...,
+    **kwargs: Any,
+) -> Propagation: ...  # fmt: skip
+
+
+@overload
+def analyze(
+    model: Any, variables: Any, *args: Any, normalization: str = ..., probe: Probe = ..., loss: Loss | None = ...,
+    steps: int, optimizer: Any, key: Any = ..., label: str | None = ..., progress: Progress | None = ...,
+    **kwargs: Any,
+) -> Comparison: ...  # fmt: skip
+
+
 def analyze(
     model: Any,
     variables: Any,
     *args: Any,
     normalization: str = "kept",
     probe: Probe = "auto",
+    loss: Loss | None = None,
+    steps: int | None = None,
+    optimizer: Any = None,
     key: Any = None,
     label: str | None = None,
     progress: Progress | None = None,
     **kwargs: Any,
-) -> Propagation:
+) -> Propagation | Comparison:
     """Measures how a signal and its cotangent drift through a model.
 
     The forward pass runs on the given inputs; the backward pass starts from a standard normal probe instead of a loss,
@@ -56,17 +78,22 @@ def analyze(
       normalization: "kept", or "removed" to bypass every normalization.
       probe: where the backward pass starts: "output", "head" (the input of the head) or "auto" (the input of the head
         where its kernel is zero, else the output).
+      loss: a function from the model's result to one number; its gradient is the probe then.
+      steps: how many updates to measure after as well. Their gradient is that of the loss, or of the probe at the
+        output; the data stays the same.
+      optimizer: the `optax.GradientTransformation` that makes the updates.
       key: for data, probe and the model's own noise (dropout); `jax.random.key(0)` by default.
       label: name of the result; the model's name by default.
       progress: called with (what, done, in all) as blocks finish.
       **kwargs: the model's own keyword arguments.
 
     Returns:
-      A `Propagation`.
+      A `Propagation`; with `steps` a `Comparison` of the model as it is ("step 0") and after each update.
 
     Raises:
-      ModelError: the model cannot be traced on these inputs, or the variables are not its own.
+      ModelError: the model cannot be traced on these inputs, the variables are not its own, or the loss fails.
       DataError: an input holds values that are not finite.
+      ValueError: `steps` is negative, or without an optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, fixup_init as fi
@@ -76,6 +103,11 @@ def analyze(
       'flat'
     """
     check_normalization(normalization)
+    if steps is not None and (steps < 0 or optimizer is None):
+        raise ValueError(
+            f"steps={steps!r} with optimizer={optimizer!r}: expected a number of updates, from 0, and an optax "
+            "optimizer that makes them, such as optax.sgd(0.1)."
+        )
     traced = trace(model, args, kwargs)
     if normalization == "removed":
         traced = without_normalization(traced, run=True)
@@ -87,7 +119,28 @@ def analyze(
     else:
         params, state = _separate(traced, variables)
     key = typed_key(0 if key is None else key)
-    return measure(traced, params, state, probe, key, label or traced.application.name, progress)
+    label = label or traced.application.name
+    if steps is None:
+        return measure(traced, params, state, probe, key, label, progress, loss)
+    return _over_steps(traced, params, state, key, loss, steps, optimizer, progress)
+
+
+def _over_steps(
+    traced: Traced, params: Any, state: Any, key: Any, loss: Loss | None, steps: int, optimizer: Any,
+    progress: Progress | None,
+) -> Comparison:  # fmt: skip
+    import optax
+
+    setup = prepare(traced, params, "output")
+    moments = optimizer.init(params)
+    measured = []
+    for k in range(steps + 1):
+        one, gradient = run(setup, params, state, key, f"step {k}", progress, loss, gradients=k < steps)
+        measured.append(one)
+        if k < steps:
+            updates, moments = optimizer.update(gradient, moments, params)
+            params = optax.apply_updates(params, updates)
+    return Comparison(tuple(measured))
 
 
 def compare(
@@ -137,40 +190,72 @@ def compare(
     return Comparison(tuple(measured))
 
 
-def measure(
-    traced: Traced, params: Any, state: Any, probe: Probe, key: Any, label: str, progress: Progress | None = None
-) -> Propagation:
-    """Measures a traced model with concrete parameters."""
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a measurement needs but for the parameters: taps with their axes, and the blocks."""
+
+    traced: Traced
+    taps: tuple[taps.Tap, ...]
+    hidden: tuple[str, ...]  # names of what runs inside of a region that is run whole
+    layouts: dict[int, statistics.Layout]
+    blocks: tuple[blocks.Block, ...]
+    starts: tuple[int, ...]  # where the backward pass starts
+    probe: str
+    num_branches: int
+
+
+def prepare(traced: Traced, params: Any, probe: Probe) -> Setup:
+    """Cuts a traced model for a measurement; `params` tell where its head is zero."""
     graph = traced.graph
-    program = graph.program
     placed = taps.place(traced)
-    made = program.made() | set(graph.inputs)
-    tapped = [t for t in placed if t.value in made]
+    made = graph.program.made() | set(graph.inputs)
+    tapped = tuple(t for t in placed if t.value in made)
     hidden = dict.fromkeys(t.name for t in placed if t.value not in made and t.kind in ("weight", "sum"))
-    axes = taps.channels(graph, list(dict.fromkeys(t.value for t in tapped)))
+    layouts = taps.layouts(graph, tapped)
     structure = of_trace(traced)
-    starts, probe_name = _probe(traced, set(structure.heads), params, probe)
-    values = _values(traced, params, state, key)
-    cut = blocks.cut(graph, axes, keep=starts)
+    starts, name = _probe(traced, set(structure.heads), params, probe)
+    cut = blocks.cut(graph, layouts, keep=starts)
+    return Setup(traced, tapped, tuple(hidden), layouts, cut, starts, name, structure.num_branches)
+
+
+def measure(
+    traced: Traced, params: Any, state: Any, probe: Probe, key: Any, label: str, progress: Progress | None = None,
+    loss: Loss | None = None,
+) -> Propagation:  # fmt: skip
+    """Measures a traced model with concrete parameters."""
+    setup = prepare(traced, params, "output" if loss is not None else probe)
+    return run(setup, params, state, key, label, progress, loss)[0]
+
+
+def run(
+    setup: Setup, params: Any, state: Any, key: Any, label: str, progress: Progress | None = None,
+    loss: Loss | None = None, gradients: bool = False,
+) -> tuple[Propagation, Any]:  # fmt: skip
+    """One measurement, and the gradient in the parameters (a tree of arrays) where it is wanted."""
+    traced = setup.traced
+    graph, program = traced.graph, traced.graph.program
 
     def report(what: str) -> Callable[[int, int], None]:
         return lambda done, of: progress(f"{label}: {what}", done, of) if progress is not None else None
 
-    env, forward = blocks.forward(graph, cut, values, report("forward"))
-    cotangents = {
-        v: jax.random.normal(jax.random.fold_in(key, k), program.shape(v), program.dtype(v))
-        for k, v in enumerate(starts)
-    }
-    pulled, backward = blocks.backward(graph, cut, env, cotangents, report("backward"))
+    values = _values(traced, params, state, key)
+    env, forward = blocks.forward(graph, setup.blocks, values, report("forward"))
+    starting = _cotangents(setup, env, key) if loss is None else _of_loss(traced, env, loss)
+    leaves = program.inputs[: len(jax.tree.leaves(params))]
+    sized = dict.fromkeys(v for t in setup.taps for v in t.leaves)
+    pulled = blocks.backward(
+        graph, setup.blocks, env, starting, report("backward"), sized, leaves if gradients else ()
+    )  # fmt: skip
+    backward = dict(pulled.statistics)
     for v in graph.inputs:
-        if v in axes:
-            forward[v] = np.asarray(statistics.measure(env[v], axes[v]))
-            if v in pulled:
-                backward[v] = np.asarray(statistics.measure(pulled[v], axes[v]))
+        if v in setup.layouts:
+            forward[v] = np.asarray(blocks.measured_alone(env[v], setup.layouts[v]))
+            if v in pulled.cotangents:
+                backward[v] = np.asarray(blocks.measured_alone(pulled.cotangents[v], setup.layouts[v]))
     rows: list[Row] = []
     sums = 0
     counted: set[tuple[int, tuple[int, ...]]] = set()
-    for tap, at in taps.unrolled(tapped):
+    for tap, at in taps.unrolled(setup.taps):
         if tap.kind == "sum" and (tap.value, at) not in counted:
             counted.add((tap.value, at))
             sums += 1
@@ -179,9 +264,81 @@ def measure(
                 tap.kind, tap.name, tap.scope, sums, program.shape(tap.value), str(program.dtype(tap.value)),
                 at[-1] if at else None, statistics.read(forward[tap.value][at]),
                 statistics.read(backward[tap.value][at]) if tap.value in backward else None,
+                _weight([pulled.norms[v] for v in tap.leaves if v in pulled.norms], at),
             )
         )  # fmt: skip
-    return Propagation(label, traced.application.name, structure.num_branches, tuple(rows), probe_name, tuple(hidden))
+    name = "loss" if loss is not None else setup.probe
+    made = Propagation(
+        label, traced.application.name, setup.num_branches, tuple(rows), name, setup.hidden, notes=_notes(setup)
+    )
+    if not gradients:
+        return made, None
+    flat = [
+        pulled.gradients[v] if v in pulled.gradients else jnp.zeros_like(x)
+        for v, x in zip(leaves, jax.tree.leaves(params), strict=True)
+    ]
+    return made, jax.tree.unflatten(jax.tree.structure(params), flat)
+
+
+def _weight(norms: list[np.ndarray], at: tuple[int, ...]) -> Weight | None:
+    """Of a layer's leaves together, in one pass of the scans around it."""
+    if not norms:
+        return None
+    each = [packed[(..., *at[: packed.ndim - 2])] for packed in norms]  # (gradient or parameter, packed)
+    gradient, parameter = (math.hypot(*(statistics.read_norm(e[k]) for e in each)) for k in (0, 1))
+    return Weight(parameter, gradient)
+
+
+_WHOLE = 32  # weight layers
+
+
+def _notes(setup: Setup) -> tuple[str, ...]:
+    largest = max((b.layers for b in setup.blocks), default=0)
+    if largest <= _WHOLE:
+        return ()
+    return (
+        f"{largest} of {len(setup.traced.graph.layers)} weight layers were compiled as one block: several activations "
+        "are alive everywhere between them (dense skips), so that compile time and memory grow with them.",
+    )
+
+
+def _cotangents(setup: Setup, env: Mapping[int, Any], key: Any) -> dict[int, Any]:
+    """Standard normal, but 1 for a single number, such as a loss."""
+    found: dict[int, Any] = {}
+    for k, v in enumerate(setup.starts):
+        x = env[v]
+        found[v] = jax.random.normal(jax.random.fold_in(key, k), x.shape, x.dtype) if x.ndim else jnp.ones_like(x)
+    return found
+
+
+def _of_loss(traced: Traced, env: Mapping[int, Any], loss: Loss) -> dict[int, Any]:
+    """The gradient of a loss in the model's results."""
+    program = traced.graph.program
+    arrays = [env[v] for v in program.outputs]
+    smooth = [k for k, a in enumerate(arrays) if jnp.issubdtype(a.dtype, jnp.inexact)]
+
+    def total(varied: list[Any]) -> Any:
+        filled = list(arrays)
+        for k, a in zip(smooth, varied, strict=True):
+            filled[k] = a
+        return loss(traced.restore(filled))
+
+    try:
+        value, pull = jax.vjp(total, [arrays[k] for k in smooth])
+    except Exception as error:
+        raise ModelError(
+            f"loss= failed on the result of {traced.application.name}, {frameworks.describe(arrays)}: {error}. Give a "
+            "function of what the model returns, to one number."
+        ) from error
+    if jnp.shape(value) or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ModelError(
+            f"loss= returned {frameworks.describe(value)}: expected one floating number. Take its mean or sum."
+        )
+    found: dict[int, Any] = {}
+    for k, ct in zip(smooth, pull(jnp.ones_like(value))[0], strict=True):
+        v = program.outputs[k]
+        found[v] = found[v] + ct if v in found else ct
+    return {v: ct for v, ct in found.items() if traced.graph.is_activation(v)}
 
 
 def _probe(traced: Traced, heads: set[str], params: Any, probe: Probe) -> tuple[tuple[int, ...], str]:

@@ -1,15 +1,18 @@
 """Runs a traced program block by block, forward and backward, with taps; equal blocks compile once.
 
-The trace is cut where exactly one activation is alive. Two blocks with the same steps, shapes and wiring share one
-compiled function, so time to the first result is tracing plus a constant, whatever the depth. The backward pass
-recomputes one block at a time, so memory is one activation for each cut plus one block.
+The trace is cut where exactly one activation is alive, those apart that many layers pass by: an encoder's output, the
+embedding of a time, the outer skips of a U-Net. Two blocks with the same steps, shapes and wiring share one compiled
+function, so time to the first result is tracing plus a constant, whatever the depth. The backward pass recomputes one
+block at a time, so memory is one activation for each cut plus one block.
 
-A tap reads statistics of an activation and of its cotangent. The cotangent's need no stored cotangent: an identity with
-a slot as second argument returns them as the slot's own cotangent, so one backward pass gives them all.
+A tap shows an activation, and its cotangent: an identity with a slot as second argument returns what arrives as the
+slot's own cotangent, so that one backward pass gives them all. They are results of the block, measured by functions
+that compile once for each shape. In the body of a scan, where they would be stacked, statistics are taken in place.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -24,9 +27,11 @@ from jaxtyping import Array, Float, Shaped
 from fixup_init import jaxprs
 from fixup_init.graph import Graph
 from fixup_init.jaxprs import Op
-from fixup_init.statistics import SIZE, measure
+from fixup_init.statistics import SIZE, Layout, measure, norm
 
-__all__ = ["Block", "backward", "cut", "forward"]
+__all__ = ["Block", "Pulled", "backward", "cut", "forward"]
+
+_LONG = 12  # weight layers in the life of a value that is set apart where the trace is cut
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,16 +42,20 @@ class Block:
     inputs: tuple[int, ...]
     externals: tuple[int, ...]
     outputs: tuple[int, ...]
-    taps: tuple[tuple[int, int], ...]  # (value, channel axis), in order of the steps; those in scan bodies included
-    signature: Any
+    taps: tuple[tuple[int, Layout], ...]  # (value, its axes), in order of the steps; those in scan bodies included
+    layers: int  # weight layers
+    signature: int  # the same for equal blocks
 
 
-def cut(graph: Graph, taps: Mapping[int, int], keep: Iterable[int] = ()) -> tuple[Block, ...]:
+_SIGNATURES: dict[Any, int] = {}
+
+
+def cut(graph: Graph, taps: Mapping[int, Layout], keep: Iterable[int] = ()) -> tuple[Block, ...]:
     """Cuts a program into blocks.
 
     Args:
       graph: of the program.
-      taps: channel axis by value, for the values to measure.
+      taps: the values to measure, and what their axes mean.
       keep: values that must be results of a block, such as the one where a backward pass starts.
     """
     program = graph.program
@@ -54,8 +63,9 @@ def cut(graph: Graph, taps: Mapping[int, int], keep: Iterable[int] = ()) -> tupl
     main = [s for s in program.steps if any(graph.is_activation(v) for v in s.outputs)]
     last_use: dict[int, int] = {}
     for i, step in enumerate(main):
-        for v in step.inputs:
+        for v in _reads(step):
             last_use[v] = i
+    passing = _passing(graph, main)
     kept = set(keep) | set(program.outputs)
     weights = {graph.value(n) for n in graph.layers}
     bounds: list[int] = [0]
@@ -64,7 +74,7 @@ def cut(graph: Graph, taps: Mapping[int, int], keep: Iterable[int] = ()) -> tupl
     for i, step in enumerate(main):
         live = [v for v in alive if last_use[v] >= i]
         alive = set(live)
-        if len(live) == 1:
+        if sum(i not in passing.get(v, ()) for v in live) <= 1:
             candidate = i
         if step.body is not None or any(v in weights for v in step.outputs):
             if weighted and candidate > bounds[-1]:
@@ -79,13 +89,31 @@ def cut(graph: Graph, taps: Mapping[int, int], keep: Iterable[int] = ()) -> tupl
     for start, stop in itertools.pairwise(bounds):
         steps = main[start:stop]
         if steps:
-            blocks.append(_block(graph, steps, stop, producer, last_use, kept, taps))
+            blocks.append(_block(graph, steps, stop, producer, last_use, kept, taps, weights))
     return tuple(blocks)
+
+
+def _passing(graph: Graph, steps: list[Op]) -> dict[int, range]:
+    """Where values are alive that live for many weight layers."""
+    weights = {graph.value(n) for n in graph.layers}
+    layers = list(itertools.accumulate(any(v in weights for v in _makes(s)) for s in steps))
+    born = {v: i for i, s in enumerate(steps) for v in s.outputs}
+    uses: dict[int, list[int]] = {}
+    for i, step in enumerate(steps):
+        for v in _reads(step):
+            if graph.is_activation(v):
+                uses.setdefault(v, []).append(i)
+    found: dict[int, range] = {}
+    for v, at in uses.items():
+        first, last = born.get(v, 0), at[-1]
+        if layers[last] - layers[first] > _LONG:
+            found[v] = range(first + 1, last + 1)
+    return found
 
 
 def _block(
     graph: Graph, steps: list[Op], stop: int, producer: dict[int, Op], last_use: dict[int, int], kept: set[int],
-    taps: Mapping[int, int],
+    taps: Mapping[int, Layout], weights: set[int],
 ) -> Block:  # fmt: skip
     made = {v for s in steps for v in s.outputs}
     outputs = tuple(
@@ -106,13 +134,15 @@ def _block(
     externals = tuple(v for v in read if not graph.is_activation(v) and not _inlined(graph, v))
     inside = tuple((v, taps[v]) for s in steps for v in _makes(s) if v in taps)
     numbers: dict[int, int] = {}
-    signature = (
+    form = (
         _canonical(graph, steps, numbers, taps),
         tuple(numbers.setdefault(v, len(numbers)) for v in (*inputs, *externals, *outputs)),
         len(inputs), len(externals),
         tuple(_shape(graph, v) for v in (*inputs, *externals)),
     )  # fmt: skip
-    return Block(tuple(steps), inputs, externals, outputs, inside, signature)
+    layers = sum(v in weights for s in steps for v in _makes(s))
+    signature = _SIGNATURES.setdefault(form, len(_SIGNATURES))
+    return Block(tuple(steps), inputs, externals, outputs, inside, layers, signature)
 
 
 def _shape(graph: Graph, value: int) -> tuple[Any, ...]:
@@ -135,7 +165,7 @@ def _inlined(graph: Graph, value: int) -> bool:
     return value in graph.program.constants and np.ndim(graph.program.constants[value]) == 0
 
 
-def _canonical(graph: Graph, steps: Sequence[Op], numbers: dict[int, int], taps: Mapping[int, int]) -> Any:
+def _canonical(graph: Graph, steps: Sequence[Op], numbers: dict[int, int], taps: Mapping[int, Layout]) -> Any:
     """What steps compute, with values numbered in the order of their appearance."""
 
     def number(v: int) -> Any:
@@ -165,21 +195,32 @@ def _scan_signature(step: Op) -> Any:
 # --- one block, on arrays -------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _tap(x: Shaped[Array, "..."], slot: Float[Array, "5"], channel: int) -> Shaped[Array, "..."]:
-    """x; the cotangent of `slot` is the statistics of the cotangent of x."""
-    del slot, channel
+@jax.custom_vjp
+def _show(x: Shaped[Array, "..."], slot: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """x; the cotangent of `slot` is that of x."""
+    del slot
     return x
 
 
-_tap.defvjp(lambda x, slot, channel: (x, None), lambda channel, _, ct: (ct, measure(ct, channel)))
+_show.defvjp(lambda x, slot: (x, None), lambda _, ct: (ct, ct))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _tap(x: Shaped[Array, "..."], slot: Float[Array, "12"], layout: Layout) -> Shaped[Array, "..."]:
+    """x; the cotangent of `slot` is the statistics of the cotangent of x."""
+    del slot, layout
+    return x
+
+
+_tap.defvjp(lambda x, slot, layout: (x, None), lambda layout, _, ct: (ct, measure(ct, layout._replace(limits=None))))
 
 
 def _run(
-    steps: Iterable[Op], env: dict[int, Any], taps: Mapping[int, int], slots: Mapping[int, Any] | None
-) -> dict[int, Any]:
-    """Evaluates steps in `env`; returns the statistics of tapped values, stacked over the passes of a scan."""
-    measured: dict[int, Any] = {}
+    steps: Iterable[Op], env: dict[int, Any], taps: Mapping[int, Layout], slots: Mapping[int, Any] | None,
+    scanned: bool = False,
+) -> dict[int, Any]:  # fmt: skip
+    """Evaluates steps in `env`; returns the tapped values, of those in scans the statistics, stacked by pass."""
+    seen: dict[int, Any] = {}
     for step in steps:
         args = [env[v] for v in step.inputs]
         if step.body is None:
@@ -187,19 +228,21 @@ def _run(
         else:
             inside = [v for s in step.body.steps for v in _makes(s) if v in taps]
             inner_slots = {v: slots[v] for v in inside} if slots is not None else None
-            outs, inner = jaxprs.run_scan(step, args, env, inner_slots, lambda s, local, at: _run(s, local, taps, at))
-            measured.update(inner)
+            outs, inner = jaxprs.run_scan(
+                step, args, env, inner_slots, lambda s, local, at: _run(s, local, taps, at, scanned=True)
+            )
+            seen.update(inner)
         for v, out in zip(step.outputs, outs, strict=True):
-            if v in taps and jnp.issubdtype(out.dtype, jnp.inexact):
-                measured[v] = measure(out, taps[v])
+            if v in taps:
+                seen[v] = measure(out, taps[v]) if scanned else out
                 if slots is not None:
-                    out = _tap(out, slots[v], taps[v])
+                    out = _tap(out, slots[v], taps[v]) if scanned else _show(out, slots[v])
             env[v] = out
-    return measured
+    return seen
 
 
 def _function(graph: Graph, block: Block) -> Callable[..., tuple[list[Any], list[Any]]]:
-    """(activations, externals, slots or None) -> (results, statistics of the taps in order)."""
+    """(activations, externals, slots or None) -> (results, what the taps see, in order)."""
     taps = dict(block.taps)
     literals = {
         v: graph.program.constants[v]
@@ -213,8 +256,8 @@ def _function(graph: Graph, block: Block) -> Callable[..., tuple[list[Any], list
         env.update(zip(block.inputs, inputs, strict=True))
         env.update(zip(block.externals, externals, strict=True))
         at = dict(zip((v for v, _ in block.taps), slots, strict=True)) if slots is not None else None
-        measured = _run(block.steps, env, taps, at)
-        return [env[v] for v in block.outputs], [measured.get(v) for v, _ in block.taps]
+        seen = _run(block.steps, env, taps, at)
+        return [env[v] for v in block.outputs], [seen[v] for v, _ in block.taps]
 
     return run
 
@@ -226,39 +269,55 @@ def _all_steps(steps: Iterable[Op]) -> Iterable[Op]:
             yield from _all_steps(s.body.steps)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Compiled:
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
+# What is wanted of an external's gradient: nothing, the array, or the norms over all axes but as many leading ones.
+_NOTHING, _ARRAY = -2, -1
+
+_FORWARD: dict[Any, Callable[..., Any]] = {}
+_BACKWARD: dict[Any, Callable[..., Any]] = {}
 
 
-_COMPILED: dict[Any, _Compiled] = {}
-
-
-def compiled(graph: Graph, block: Block) -> _Compiled:
-    """The functions of a block; equal blocks, of this model or another, share them."""
-    found = _COMPILED.get(block.signature)
+def compiled(graph: Graph, block: Block) -> Callable[..., Any]:
+    """The forward function of a block; equal blocks, of this model or another, share it."""
+    found = _FORWARD.get(block.signature)
     if found is None:
         run = _function(graph, block)
+        found = _FORWARD[block.signature] = jax.jit(lambda inputs, externals: run(inputs, externals, None))
+    return found
 
-        def pull(
-            inputs: Sequence[Any], externals: Sequence[Any], cotangents: Sequence[Any], slots: Sequence[Any]
-        ) -> Any:
-            smooth = [k for k, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
-            def primal(varied: Sequence[Any], slots: Sequence[Any]) -> list[Any]:
-                full = list(inputs)
-                for k, x in zip(smooth, varied, strict=True):
-                    full[k] = x
-                outs, _ = run(full, externals, slots)
-                return [o for o in outs if jnp.issubdtype(o.dtype, jnp.inexact)]
+def _pull(graph: Graph, block: Block, wanted: tuple[int, ...]) -> Callable[..., Any]:
+    """The backward function of a block: (inputs, externals, cotangents) -> (cotangents of the inputs that are
+    differentiable, of the externals what is wanted, what the taps see)."""
+    found = _BACKWARD.get((block.signature, wanted))
+    if found is not None:
+        return found
+    run = _function(graph, block)
 
-            _, pullback = jax.vjp(primal, [inputs[k] for k in smooth], slots)
-            varied, statistics = pullback(list(cotangents))
-            return varied, statistics
+    shapes = [_slot(graph, v) for v, _ in block.taps]
 
-        found = _Compiled(jax.jit(lambda inputs, externals: run(inputs, externals, None)), jax.jit(pull))
-        _COMPILED[block.signature] = found
+    def pull(inputs: Sequence[Any], externals: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+        slots = [jnp.zeros(*shape) for shape in shapes]
+        smooth = [k for k, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        asked = [k for k, want in enumerate(wanted) if want != _NOTHING]
+
+        def primal(varied: Sequence[Any], weights: Sequence[Any], slots: Sequence[Any]) -> list[Any]:
+            full, beside = list(inputs), list(externals)
+            for k, x in zip(smooth, varied, strict=True):
+                full[k] = x
+            for k, x in zip(asked, weights, strict=True):
+                beside[k] = x
+            outs, _ = run(full, beside, slots)
+            return [o for o in outs if jnp.issubdtype(o.dtype, jnp.inexact)]
+
+        _, pullback = jax.vjp(primal, [inputs[k] for k in smooth], [externals[k] for k in asked], slots)
+        varied, gradients, seen = pullback(list(cotangents))
+        gradients = [
+            g if wanted[k] == _ARRAY else _norms(g, externals[k], wanted[k])
+            for k, g in zip(asked, gradients, strict=True)
+        ]  # fmt: skip
+        return varied, gradients, seen
+
+    found = _BACKWARD[block.signature, wanted] = jax.jit(pull)
     return found
 
 
@@ -282,13 +341,31 @@ def forward(
     env: dict[int, Any] = {**graph.program.constants, **values}
     measured: dict[int, Any] = {}
     for k, block in enumerate(blocks):
-        run = compiled(graph, block).forward
+        run = compiled(graph, block)
         outs, found = run([env[v] for v in block.inputs], [env[v] for v in block.externals])
         env.update(zip(block.outputs, outs, strict=True))
-        measured.update((v, f) for (v, _), f in zip(block.taps, found, strict=True) if f is not None)
+        _measure(graph, block, found, measured)
         if progress is not None:
             progress(k + 1, len(blocks))
     return env, jax.device_get(measured)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pulled:
+    """Results of a backward pass, by value.
+
+    Attributes:
+      cotangents: of the model's inputs.
+      statistics: of the tapped cotangents.
+      norms: of the gradients of parameters, and of these, as `statistics.norm` packs them; with a further axis for each
+        scan that slices a parameter.
+      gradients: of parameters.
+    """
+
+    cotangents: dict[int, Any]
+    statistics: dict[int, np.ndarray]
+    norms: dict[int, np.ndarray]
+    gradients: dict[int, Any]
 
 
 def backward(
@@ -297,7 +374,9 @@ def backward(
     env: Mapping[int, Any],
     cotangents: Mapping[int, Any],
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[int, Any], dict[int, np.ndarray]]:
+    norms: Iterable[int] = (),
+    gradients: Iterable[int] = (),
+) -> Pulled:
     """Runs blocks in reverse, each recomputed from its inputs.
 
     Args:
@@ -306,28 +385,81 @@ def backward(
       env: of `forward`.
       cotangents: where the pass starts: arrays by value, each a block's result.
       progress: called with (blocks done, blocks in all).
-
-    Returns:
-      Cotangents of the model's inputs and of values at the cuts, and statistics of the tapped cotangents, by value.
+      norms: parameters (values) whose gradient's norm is wanted.
+      gradients: parameters whose gradient is wanted.
     """
     pulled: dict[int, Any] = dict(cotangents)
     measured: dict[int, Any] = {}
+    sized, summed = dict.fromkeys(norms), dict.fromkeys(gradients)
+    uses = collections.Counter(v for block in blocks for v in block.externals)
+    sizes: dict[int, Any] = {}
+    sums: dict[int, Any] = {}
+
+    def want(block: Block, v: int) -> int:
+        if not jnp.issubdtype(graph.program.dtype(v), jnp.inexact) or not (v in sized or v in summed):
+            return _NOTHING
+        return _ARRAY if v in summed or uses[v] > 1 else _sliced(block.steps, v)
+
     for k, block in enumerate(reversed(blocks)):
         smooth = [v for v in block.outputs if jnp.issubdtype(graph.program.dtype(v), jnp.inexact)]
         if any(v in pulled for v in smooth):
             out = [
                 pulled[v] if v in pulled else jnp.zeros(graph.program.shape(v), graph.program.dtype(v)) for v in smooth
             ]
-            slots = [jnp.zeros((*_passes(graph, v), SIZE), jnp.float32) for v, _ in block.taps]
             inputs = [env[v] for v in block.inputs]
-            varied, found = compiled(graph, block).backward(inputs, [env[v] for v in block.externals], out, slots)
+            wanted = tuple(want(block, v) for v in block.externals)
+            run = _pull(graph, block, wanted)
+            varied, found, seen = run(inputs, [env[v] for v in block.externals], out)
             into = [v for v in block.inputs if jnp.issubdtype(graph.program.dtype(v), jnp.inexact)]
             for v, ct in zip(into, varied, strict=True):
                 pulled[v] = pulled[v] + ct if v in pulled else ct
-            measured.update((v, f) for (v, _), f in zip(block.taps, found, strict=True))
+            asked = [(v, w) for v, w in zip(block.externals, wanted, strict=True) if w != _NOTHING]
+            for (v, w), gradient in zip(asked, found, strict=True):
+                if w == _ARRAY:
+                    sums[v] = sums[v] + gradient if v in sums else gradient
+                else:
+                    sizes[v] = gradient
+            _measure(graph, block, seen, measured, limits=False)
+        for v in smooth:
+            pulled.pop(v, None)  # complete: what reads it came before
         if progress is not None:
             progress(k + 1, len(blocks))
-    return pulled, jax.device_get(measured)
+    sizes |= {v: _NORMS(sums[v], env[v]) for v in sized if v in sums}
+    return Pulled(
+        {v: pulled[v] for v in graph.inputs if v in pulled}, jax.device_get(measured), jax.device_get(sizes),
+        {v: sums[v] for v in summed if v in sums},
+    )  # fmt: skip
+
+
+def _slot(graph: Graph, value: int) -> tuple[tuple[int, ...], Any]:
+    passes = _passes(graph, value)
+    return ((*passes, SIZE), jnp.float32) if passes else (graph.program.shape(value), graph.program.dtype(value))
+
+
+def _measure(graph: Graph, block: Block, seen: Sequence[Any], measured: dict[int, Any], limits: bool = True) -> None:
+    """Statistics of what the taps of a block saw."""
+    for (v, layout), found in zip(block.taps, seen, strict=True):
+        layout = layout if limits else layout._replace(limits=None)
+        measured[v] = found if _passes(graph, v) else measured_alone(found, layout)
+
+
+measured_alone = jax.jit(measure, static_argnums=1)
+
+
+def _norms(gradient: Array, parameter: Array, leading: int) -> Array:
+    return jnp.stack([norm(gradient, leading), norm(parameter, leading)])
+
+
+_NORMS = jax.jit(functools.partial(_norms, leading=0))
+
+
+def _sliced(steps: Iterable[Op], value: int) -> int:
+    """How many scans, one in the other, slice a value; 0 where it is also used in another way."""
+    readers = [s for s in steps if value in _reads(s)]
+    if len(readers) != 1 or (body := readers[0].body) is None or readers[0].inputs.count(value) != 1:
+        return 0
+    at = readers[0].inputs.index(value) - len(body.consts) - len(body.carry)
+    return 1 + _sliced(body.steps, body.xs[at]) if at >= 0 else 0
 
 
 def _passes(graph: Graph, value: int) -> tuple[int, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -10,7 +12,7 @@ from fixup_init import jaxprs
 from fixup_init.graph import NOISE, Graph
 from fixup_init.jaxprs import Op, p
 
-__all__ = ["Nonlinearity", "find"]
+__all__ = ["Nonlinearity", "find", "limits"]
 
 _LINEAR = frozenset({
     p.add_p, p.sub_p, p.mul_p, p.div_p, p.neg_p, p.convert_element_type_p, p.copy_p, p.select_n_p, p.stop_gradient_p,
@@ -60,6 +62,61 @@ def find(graph: Graph, excluded: frozenset[int]) -> tuple[Nonlinearity, ...]:
             continue
         found.append(Nonlinearity(root[node], node, name))
     return tuple(found)
+
+
+def limits(graph: Graph, nonlinearity: Nonlinearity) -> tuple[float, float] | None:
+    """The least and largest value of a nonlinearity that is constant far out on both sides, such as tanh."""
+    formula = _formula(graph, nonlinearity)
+    if formula is None:
+        return None
+    key = _canonical(graph, nonlinearity, formula)
+    if key not in _LIMITS:
+        _LIMITS[key] = _limits(graph, nonlinearity, formula)
+    return _LIMITS[key]
+
+
+_LIMITS: dict[Any, tuple[float, float] | None] = {}
+_FAR = (-1e6, -1e4, 1e4, 1e6)
+
+
+def _limits(graph: Graph, nonlinearity: Nonlinearity, formula: list[Op]) -> tuple[float, float] | None:
+    source, dtype = graph.value(nonlinearity.source), graph.program.dtype
+    if not jnp.issubdtype(dtype(source), jnp.floating):
+        return None
+    env: dict[int, Any] = {source: jnp.asarray(_FAR, dtype(source))}
+    for op in formula:
+        args = [env[v] if v in env else jnp.full(len(_FAR), graph.literal(v) or 0.0, dtype(v)) for v in op.inputs]
+        env.update(zip(op.outputs, jaxprs.bind(op, args), strict=True))
+    ends = [float(y) for y in env[graph.value(nonlinearity.node)]]
+    flat = all(map(math.isfinite, ends)) and ends[0] == ends[1] and ends[2] == ends[3]
+    return (min(ends), max(ends)) if flat and ends[0] != ends[3] else None
+
+
+def _formula(graph: Graph, nonlinearity: Nonlinearity) -> list[Op] | None:
+    """The operations between source and result; None where one takes more than numbers beside the source."""
+    needed: set[int] = set()
+    todo = [nonlinearity.node]
+    while todo:
+        node = todo.pop()
+        if node == nonlinearity.source or node in needed:
+            continue
+        op = graph.op(node)
+        if op is None or any(not graph.is_activation(v) and graph.literal(v) is None for v in op.inputs):
+            return None
+        needed.add(node)
+        todo.extend(graph.parents[node])
+    return [op for node in sorted(needed) if (op := graph.op(node)) is not None]
+
+
+def _canonical(graph: Graph, nonlinearity: Nonlinearity, formula: list[Op]) -> Any:
+    source = graph.value(nonlinearity.source)
+    numbers = {source: 0}
+    form: list[Any] = [str(graph.program.dtype(source))]
+    for op in formula:
+        inputs = tuple(numbers[v] if v in numbers else ("literal", graph.literal(v)) for v in op.inputs)
+        form.append((jaxprs.signature(op), inputs))
+        numbers |= {v: len(numbers) + k for k, v in enumerate(op.outputs)}
+    return tuple(form)
 
 
 def _name(graph: Graph, op: Op, inner: list[int], bent: dict[int, str]) -> str:

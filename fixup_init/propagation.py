@@ -8,36 +8,74 @@ import json
 import math
 import statistics
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fixup_init.plain import plain
 
-__all__ = ["Comparison", "Drift", "Propagation", "Row", "Statistics"]
+__all__ = ["Comparison", "Drift", "Propagation", "Row", "Statistics", "Weight"]
 
 RowKind = Literal["input", "weight", "nonlinearity", "norm", "branch", "sum", "output"]
 Direction = Literal["forward", "backward"]
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Of one array.
+    """Of one array; NaN is a figure that is not known.
 
     Attributes:
       mean: over all entries.
       variance: over all entries, around that mean.
       squared_channel_mean: mean over channels of the squared mean of a channel.
       finite: fraction of finite entries; the other figures are NaN where it is below 1.
+      zeros: fraction of entries that are exactly zero.
+      saturated: fraction of entries within 1 % of a limit of a nonlinearity that has two.
+      example_cosine: mean cosine of the angle between two examples, in [-1/(n-1), 1]; 1 where all are alike.
+      effective_rank: (sum of eigenvalues)^2 / (sum of their squares) of the second moments of at most 64 channel
+        vectors, spread over examples and positions; 1 where all are parallel.
+      example_share: of the variance, what the means of examples explain; likewise `channel_share` and `position_share`.
     """
 
     mean: float
     variance: float
     squared_channel_mean: float
     finite: float = 1.0
+    zeros: float = math.nan
+    saturated: float = math.nan
+    example_cosine: float = math.nan
+    effective_rank: float = math.nan
+    example_share: float = math.nan
+    channel_share: float = math.nan
+    position_share: float = math.nan
 
     @property
     def second_moment(self) -> float:
         return self.variance + self.mean**2
+
+    @property
+    def channel_variance(self) -> float:
+        """Mean over channels of the variance within a channel."""
+        return max(self.second_moment - self.squared_channel_mean, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Norms of a layer's parameters and of their gradient; over all uses where a parameter has several.
+
+    Attributes:
+      parameter_norm: Euclidean norm.
+      gradient_norm: of the gradient from the probe or loss.
+    """
+
+    parameter_norm: float
+    gradient_norm: float
+
+    @property
+    def ratio(self) -> float:
+        """Gradient norm over parameter norm; infinite for parameters that are zero, NaN where both are."""
+        if self.parameter_norm:
+            return self.gradient_norm / self.parameter_norm
+        return math.inf if self.gradient_norm else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +91,10 @@ class Row:
       shape: of the value.
       dtype: of the value.
       repeat: which pass through a scan body, from 0; None outside of scans.
-      forward: statistics of the activation.
+      forward: statistics of the activation; None where a prediction does not know them.
       backward: statistics of its cotangent; None where none was measured.
+      weight: norms of the layer's kernel and its gradient, for measured rows of kind "weight".
+      note: what to know about the row, in words; '' where there is nothing.
     """
 
     kind: RowKind
@@ -64,8 +104,10 @@ class Row:
     shape: tuple[int, ...]
     dtype: str
     repeat: int | None
-    forward: Statistics
+    forward: Statistics | None
     backward: Statistics | None = None
+    weight: Weight | None = None
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +146,8 @@ class Propagation:
       rows: in trace order.
       probe: where the backward pass starts: "output", or "input of the head".
       unmeasured: what lies inside of a conditional or a shard_map, which runs as a whole: weights and sums by name.
+      kind: "measured" on arrays, or "predicted" from shapes and the plan.
+      notes: what to know about the whole, in words.
     """
 
     label: str
@@ -112,6 +156,8 @@ class Propagation:
     rows: tuple[Row, ...]
     probe: str = "output"
     unmeasured: tuple[str, ...] = ()
+    kind: Literal["measured", "predicted"] = "measured"
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -179,12 +225,12 @@ class Propagation:
                 raise ValueError(f"version {version!r}; this library reads version {_VERSION}")
             data.pop("summary", None)
             rows = tuple(
-                Row(**{**r, "shape": tuple(r["shape"]), "forward": _statistics(r["forward"]),
-                       "backward": _statistics(r["backward"])})
+                Row(**{**r, "shape": tuple(r["shape"]), "forward": _numbers(Statistics, r["forward"]),
+                       "backward": _numbers(Statistics, r["backward"]), "weight": _numbers(Weight, r["weight"])})
                 for r in data.pop("rows")
             )  # fmt: skip
-            unmeasured = tuple(data.pop("unmeasured", ()))
-            return Propagation(**data, rows=rows, unmeasured=unmeasured)
+            unmeasured, notes = tuple(data.pop("unmeasured")), tuple(data.pop("notes"))
+            return Propagation(**data, rows=rows, unmeasured=unmeasured, notes=notes)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"This is no Propagation: {error}. Write one with Propagation.to_dict().") from error
 
@@ -228,6 +274,9 @@ class Comparison:
         return comparison_table(self)
 
 
+_N = TypeVar("_N", "Statistics", "Weight")
+
+
 def _place(row: Row) -> str:
     return row.name if row.repeat is None else f"{row.name}, pass {row.repeat + 1}"
 
@@ -255,7 +304,5 @@ def _sentence(propagation: Propagation, drift: Drift) -> str:
             return f"{what} is exactly zero from {drift.where} on."
 
 
-def _statistics(data: dict[str, Any] | None) -> Statistics | None:
-    if data is None:
-        return None
-    return Statistics(**{k: math.nan if v is None else v for k, v in data.items()})
+def _numbers(kind: type[_N], data: dict[str, Any] | None) -> _N | None:
+    return None if data is None else kind(**{k: math.nan if v is None else v for k, v in data.items()})

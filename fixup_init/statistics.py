@@ -3,45 +3,164 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from fixup_init.propagation import Statistics
 
-__all__ = ["SIZE", "measure", "read"]
+__all__ = ["SIZE", "Layout", "measure", "norm", "read", "read_norm"]
 
-SIZE = 5
+SIZE = 12
+_VECTORS = 64  # for the effective rank
 
 
-def measure(x: Shaped[Array, "..."], channel: int) -> Float[Array, "5"]:
+class Layout(NamedTuple):
+    """What the axes of an array mean; what is neither example nor channel is a position.
+
+    Attributes:
+      channel: axis of the channels; None where each entry is an example of its own.
+      example: axis that holds the examples; None where they were averaged away.
+      examples: how many there are in that axis.
+      inner: how many entries of that axis lie behind each (an axis of examples times tokens has them in front).
+      limits: of the nonlinearity that made the array, if it has two.
+    """
+
+    channel: int | None
+    example: int | None = None
+    examples: int = 1
+    inner: int = 1
+    limits: tuple[float, float] | None = None
+
+
+def measure(x: Shaped[Array, "..."], layout: Layout) -> Float[Array, "12"]:
     """Statistics of an array, scaled so that a signal near the edge of its dtype does not overflow in its square.
 
     Args:
       x: any floating or complex dtype; computed in float32 or wider.
-      channel: axis of the channels.
+      layout: of its axes.
 
     Returns:
-      [s, mean/s, variance/s^2, mean of squared channel means/s^2, fraction of finite entries], s the largest magnitude.
+      The scale s, then what `Statistics` has, in its order, mean and moments in units of s and s^2.
     """
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        x, channel = jnp.stack([x.real, x.imag]), channel % max(x.ndim, 1) + 1
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    finite = jnp.isfinite(wide).mean(dtype=wide.dtype)
-    largest = jnp.abs(wide).max(initial=0)
-    scale = jnp.where(largest > 0, largest, 1)
-    unit = wide / scale
-    mean = unit.mean()
-    variance = jnp.square(unit - mean).mean()
-    others = tuple(a for a in range(unit.ndim) if a != channel % unit.ndim) if unit.ndim else ()
-    channels = jnp.square(unit.mean(others)).mean()
-    return jnp.stack([scale, mean, variance, channels, finite]).astype(jnp.float32)
+        x, layout = jnp.stack([x.real, x.imag]), _shifted(layout)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    saturated = _saturated(x, layout.limits)
+    x, example, channel = _split(x, layout)
+    others = tuple(a for a in range(x.ndim) if a not in (example, channel))
+    size = max(x.size, 1)
+    largest = jnp.abs(x).max(initial=0)
+    finite = jax.lax.cond(jnp.isfinite(largest), lambda: jnp.ones((), x.dtype), lambda: jnp.isfinite(x).mean())
+    scale = _scale(largest)
+    unit = x / scale
+    sums = unit.sum(others, keepdims=True)  # by example and channel
+    mean = sums.sum() / size
+    variance = jnp.square(unit - mean).sum() / size
+    channels = sums.sum(example, keepdims=True) * (x.shape[channel] / size)
+    examples = sums.sum(channel, keepdims=True) * (x.shape[example] / size)
+    positions = unit.sum((example, channel)) / (x.shape[example] * x.shape[channel]) if others else mean
+    spread = jnp.where(variance > 0, variance, jnp.nan)
+    numbers = (
+        scale, mean, variance, jnp.square(channels).mean(), finite,
+        (x == 0).sum() / size, saturated, _cosine(unit, example, others, channel), _rank(unit, example, channel),
+        *(jnp.square(part - mean).mean() / spread for part in (examples, channels, positions)),
+    )  # fmt: skip
+    return jnp.stack([jnp.asarray(n, jnp.float32) for n in numbers])
 
 
 def read(measured: np.ndarray) -> Statistics:
     """The numbers that `measure` packed, as Python floats (whose range a float32's square cannot leave)."""
-    scale, mean, variance, channels, finite = (float(v) for v in measured)
+    scale, mean, variance, channels, finite, *rest = (float(v) if v == v else math.nan for v in measured)
     if finite < 1:
         return Statistics(math.nan, math.nan, math.nan, finite)
-    return Statistics(mean * scale, variance * scale**2, channels * scale**2, finite)
+    return Statistics(mean * scale, variance * scale**2, channels * scale**2, finite, *rest)
+
+
+def norm(x: Shaped[Array, "..."], leading: int) -> Float[Array, "2 ..."]:
+    """Euclidean norm over all axes but the `leading` ones, as (s, norm / s)."""
+    x = jnp.abs(x)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    axes = tuple(range(leading, x.ndim))
+    largest = x.max(axes, initial=0, keepdims=True)
+    scale = _scale(largest)
+    return jnp.stack([scale.reshape(x.shape[:leading]), jnp.sqrt(jnp.square(x / scale).sum(axes))])
+
+
+def read_norm(measured: np.ndarray) -> float:
+    """The norm that `norm` packed."""
+    return float(measured[0]) * float(measured[1])
+
+
+def _scale(largest: Array) -> Array:
+    """The largest magnitude, but so that its inverse is a normal number: subnormal ones are taken for 0."""
+    return jnp.where(largest > 0, jnp.clip(largest, 1e-30, 1e30), 1)
+
+
+def _shifted(layout: Layout) -> Layout:
+    """With an axis in front."""
+    return layout._replace(
+        channel=None if layout.channel is None else layout.channel + 1,
+        example=None if layout.example is None else layout.example + 1,
+    )
+
+
+def _split(x: Array, layout: Layout) -> tuple[Array, int, int]:
+    """The array, its axis of examples and its axis of channels; each of length 1 where there is none."""
+    channel = layout.channel
+    if layout.example is None:
+        x, example = x[None], 0
+        channel = None if channel is None else channel + 1
+    else:
+        example, outer = layout.example, x.shape[layout.example] // max(layout.examples * layout.inner, 1)
+        parts = [outer, layout.examples, layout.inner]
+        if outer == layout.inner == 1:
+            parts = [layout.examples]
+        x = x.reshape(*x.shape[:example], *parts, *x.shape[example + 1 :])
+        if channel is not None and channel > example:
+            channel += len(parts) - 1
+        elif channel == example:
+            channel = None
+        example += len(parts) == 3
+    return (x[..., None], example, x.ndim) if channel is None else (x, example, channel)
+
+
+def _saturated(x: Array, limits: tuple[float, float] | None) -> Array | float:
+    if limits is None:
+        return math.nan
+    low, high = limits
+    edge = 0.01 * (high - low)
+    return ((x <= low + edge) | (x >= high - edge)).sum() / max(x.size, 1)
+
+
+def _cosine(x: Array, example: int, others: tuple[int, ...], channel: int) -> Array | float:
+    """(|sum_i x_i / |x_i||^2 - n) / (n (n - 1)), over the n examples that are not zero."""
+    if x.shape[example] < 2:
+        return math.nan
+    norms = jnp.sqrt(jnp.square(x).sum((*others, channel)))
+    weights = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
+    n = (norms > 0).sum()
+    total = jnp.square(jnp.tensordot(weights, x, (0, example))).sum()
+    return jnp.where(n > 1, (total - n) / jnp.maximum(n * (n - 1), 1), jnp.nan)
+
+
+def _rank(x: Array, example: int, channel: int) -> Array | float:
+    """(trace G)^2 / |G|^2 of the Gram matrix of some channel vectors."""
+    left = _VECTORS
+    axes = [example, *(a for a in range(x.ndim) if a not in (example, channel))]
+    for k, axis in enumerate(axes):
+        most = left if axis == example else max(int(left ** (1 / (len(axes) - k))), 1)
+        taken = min(x.shape[axis], most)
+        if not taken:
+            return math.nan
+        stride = x.shape[axis] // taken
+        start = (x.shape[axis] - 1 - (taken - 1) * stride) // 2
+        x = jax.lax.slice_in_dim(x, start, start + (taken - 1) * stride + 1, stride, axis)
+        left //= taken
+    rows = jnp.moveaxis(x, channel, -1).reshape(-1, x.shape[channel])
+    gram = jnp.matmul(rows, rows.T, precision="highest")
+    squares = jnp.square(gram).sum()
+    return jnp.where(squares > 0, jnp.square(jnp.trace(gram)) / jnp.where(squares > 0, squares, 1), jnp.nan)

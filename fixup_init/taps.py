@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
 from fixup_init import elementwise
+from fixup_init.axes import batch_axes
 from fixup_init.graph import Graph
 from fixup_init.jaxprs import Loop, p
 from fixup_init.propagation import RowKind
+from fixup_init.statistics import Layout
 from fixup_init.tracing import Traced
 
-__all__ = ["Tap", "channels", "place", "unrolled"]
+__all__ = ["Tap", "layouts", "place", "unrolled"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Tap:
     name: str
     scope: str
     loops: tuple[Loop, ...]  # scans around it, outermost first
+    leaves: tuple[int, ...] = ()  # of a weight layer's kernel
+    limits: tuple[float, float] | None = None  # of a nonlinearity
 
 
 def place(traced: Traced) -> tuple[Tap, ...]:
@@ -33,21 +38,22 @@ def place(traced: Traced) -> tuple[Tap, ...]:
     inside = frozenset().union(*(n.region for n in traced.norms))
     found: list[tuple[int, int, Tap]] = []
 
-    def add(rank: int, value: int, kind: RowKind, name: str) -> None:
+    def add(rank: int, value: int, kind: RowKind, name: str, **more: Any) -> None:
         if not jnp.issubdtype(graph.program.dtype(value), jnp.inexact) or not graph.program.shape(value):
             return
         node = graph.node_of[value]
-        found.append((node, rank, Tap(value, kind, name, graph.scope(node), _loops(graph, node))))
+        found.append((node, rank, Tap(value, kind, name, graph.scope(node), _loops(graph, node), **more)))
 
     for v in graph.inputs:
         add(0, v, "input", graph.leaves[v].path)
     for node, layer in graph.layers.items():
-        add(1, graph.value(_with_bias(graph, node)), "weight", layer.path)
+        add(1, graph.value(_with_bias(graph, node)), "weight", layer.path, leaves=layer.leaves)
     for norm in traced.norms:
         name = next((graph.leaves[v].path for v in norm.scale), "normalization")
         add(2, norm.end, "norm", name)
     for nonlinearity in elementwise.find(graph, inside):
-        add(3, graph.value(nonlinearity.node), "nonlinearity", nonlinearity.name)
+        limits = elementwise.limits(graph, nonlinearity)
+        add(3, graph.value(nonlinearity.node), "nonlinearity", nonlinearity.name, limits=limits)
     branch = 0
     for k, residual in enumerate(traced.residuals):
         for b in residual.branches:
@@ -82,25 +88,35 @@ def _unroll(taps: Sequence[Tap], level: int) -> Iterator[tuple[Tap, tuple[int, .
         i = j
 
 
-def channels(graph: Graph, values: Sequence[int]) -> dict[int, int]:
-    """The channel axis of each value: that of the weight layer before it, as long as the rank stays; else the last."""
-    axes: dict[int, int] = {}
-    for value in values:
-        rank = len(graph.program.shape(value))
-        node = graph.node_of[value]
-        axis = rank - 1
-        for _ in range(64):
-            if len(graph.shape(node)) != rank:
-                break
-            if node in graph.layers:
-                axis = graph.layers[node].channel
-                break
-            op = graph.op(node)
-            if op is None or op.primitive is p.transpose_p or not graph.parents[node]:
-                break
-            node = graph.parents[node][0]
-        axes[value] = axis
-    return axes
+def layouts(graph: Graph, taps: Iterable[Tap]) -> dict[int, Layout]:
+    """What the axes of each tapped value mean.
+
+    The channels are those of the weight layer before it, as long as the rank stays; else the last axis. The examples
+    are where axis 0 of the inputs went.
+    """
+    batch = batch_axes(graph)
+    found: dict[int, Layout] = {}
+    for tap in taps:
+        layout = found.get(tap.value) or Layout(_channel(graph, tap.value))
+        for axis, examples, inner in batch.get(tap.value, ())[:1]:
+            layout = layout._replace(example=axis, examples=examples, inner=inner)
+        found[tap.value] = layout._replace(limits=tap.limits or layout.limits)
+    return found
+
+
+def _channel(graph: Graph, value: int) -> int:
+    rank = len(graph.program.shape(value))
+    node = graph.node_of[value]
+    for _ in range(64):
+        if len(graph.shape(node)) != rank:
+            break
+        if node in graph.layers:
+            return graph.layers[node].channel
+        op = graph.op(node)
+        if op is None or op.primitive is p.transpose_p or not graph.parents[node]:
+            break
+        node = graph.parents[node][0]
+    return rank - 1
 
 
 def _loops(graph: Graph, node: int) -> tuple[Loop, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +22,10 @@ NORMALIZATION = ("kept", "removed")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Traced:
-    """One trace of a model and what was found in it."""
+    """One trace of a model and what was found in it; `restore` gives the model's result its arrays."""
 
     application: Application
+    restore: Callable[[Sequence[Any]], Any]
     graph: graph.Graph
     norms: tuple[normalization.Norm, ...]
     residuals: tuple[residual.Residual, ...]
@@ -81,7 +82,7 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
         graph.Leaf(name, tuple(a.shape), a.dtype, "noise" if _is_key(a) else "input")
         for name, a in zip(application.inputs.names, application.inputs.abstract, strict=True)
     ]
-    return _understood(application, program, leaves)
+    return _understood(application, _restorer(result), program, leaves)
 
 
 def _program(application: Application, arguments: Any, args: Any, kwargs: Any) -> tuple[jaxprs.Program, Any]:
@@ -113,14 +114,30 @@ def without_normalization(traced: Traced, run: bool = False) -> Traced:
     if run:
         normalization.check_bypass(traced.graph, traced.norms)
     leaves = [traced.graph.leaves[v] for v in traced.graph.program.inputs]
-    return _understood(traced.application, normalization.remove(traced.graph, traced.norms), leaves)
+    return _understood(traced.application, traced.restore, normalization.remove(traced.graph, traced.norms), leaves)
 
 
-def _understood(application: Application, program: jaxprs.Program, leaves: list[graph.Leaf]) -> Traced:
+def _restorer(result: Any) -> Callable[[Sequence[Any]], Any]:
+    leaves, tree = jax.tree.flatten(result)
+    where = [k for k, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+    held = [None if k in set(where) else leaf for k, leaf in enumerate(leaves)]  # no tracer outlives its trace
+
+    def restore(arrays: Sequence[Any]) -> Any:
+        filled = list(held)
+        for k, array in zip(where, arrays, strict=True):
+            filled[k] = array
+        return jax.tree.unflatten(tree, filled)
+
+    return restore
+
+
+def _understood(
+    application: Application, restore: Callable[[Sequence[Any]], Any], program: jaxprs.Program, leaves: list[graph.Leaf]
+) -> Traced:
     found = graph.build(program, leaves)
     norms = normalization.find(found)
     residuals, undecided = residual.find(found, norms)
-    return Traced(application, found, norms, residuals, undecided)
+    return Traced(application, restore, found, norms, residuals, undecided)
 
 
 def _shown(result: Any) -> str:
