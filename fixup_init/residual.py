@@ -196,7 +196,7 @@ class _Search(Streams):
             return None  # one elementwise formula
         for v in values:
             maker = graph.node_of[v]
-            same = reaches(graph, whole.node, maker) or self.is_chained(whole.node, maker)
+            same = reaches(graph, whole.node, maker) or _is_made_of(graph, whole.node, maker)
             if not same and is_repeated(graph, v, node, whole.node):
                 return None  # a condition
         later, difference = own.node > whole.node, op.primitive is p.sub_p
@@ -317,6 +317,23 @@ class _Search(Streams):
                 return None
             node = graph.node_of[streams[0]]
         return None
+
+
+_NEAR = 96  # nodes
+
+
+def _is_made_of(graph: Graph, node: int, start: int) -> bool:
+    """Whether a node near another has no source beside it."""
+    seen, todo = {node}, [node]
+    while todo:
+        n = todo.pop()
+        if n == start:
+            continue
+        if n < start or len(seen) > _NEAR or not graph.parents[n]:
+            return False
+        todo.extend(a for a in graph.parents[n] if a not in seen)
+        seen.update(graph.parents[n])
+    return True
 
 
 def _end(graph: Graph, term: Term) -> int:

@@ -99,7 +99,7 @@ def layouts(graph: Graph, taps: Iterable[Tap]) -> dict[int, Layout]:
     for tap in taps:
         layout = found.get(tap.value) or Layout(_channel(graph, tap.value))
         for axis, examples, inner in batch.get(tap.value, ())[:1]:
-            layout = layout._replace(example=axis, examples=examples, inner=inner)
+            layout = layout._replace(example=int(axis), examples=int(examples), inner=int(inner))
         found[tap.value] = layout._replace(limits=tap.limits or layout.limits)
     return found
 

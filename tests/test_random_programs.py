@@ -714,6 +714,16 @@ def is_state(chain: tuple[Any, ...]) -> bool:
     )
 
 
+def is_chain(steps: tuple[Any, ...]) -> bool:
+    """Whether a chain is residual sums alone, with activations between them maybe."""
+    steps = living(steps)
+    return (
+        bool(steps)
+        and isinstance(steps[0], (Residual, Toward))
+        and all(isinstance(s, (Residual, Toward, Act)) or s in (*MASKS, POSITION) for s in steps)
+    )
+
+
 def linear(steps: tuple[Any, ...]) -> bool:
     """Whether a chain is a linear function of its start."""
     return all(
@@ -738,6 +748,10 @@ def unclear(net: Net) -> Iterator[str]:
             yield from unclear_order(s)
         elif isinstance(s, Toward):
             yield from unclear_branch(Residual((s.steps,)), s.steps, True)
+        if isinstance(s, (Residual, Toward)) and any(
+            is_chain(b) and any(map(is_chain, parts(living(b)[0]))) for b in parts(s)
+        ):
+            yield "an early state that is added at several depths"
         elif isinstance(s, Loop) and s.form == "scan" and s.times > 3 and any(map(multiplies, every(s.steps))):
             yield "an order that is multiplied in a loop"
 
@@ -981,6 +995,6 @@ def test_random_programs(net: Net) -> None:
 
 
 @pytest.mark.slow
-@_property(3000, False)
+@_property(3000, True)
 def test_many_random_programs(net: Net) -> None:
     _examine(net)

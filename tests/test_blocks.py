@@ -1,0 +1,162 @@
+"""Block by block gives what the whole model gives: results, gradients and cotangents, for every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import ZOO, Case
+from zoo_families import FAMILIES
+
+import fixup_init as fi
+from fixup_init import blocks, taps
+from fixup_init.analyze import prepare, run
+from fixup_init.models.resnet import cifar_resnet
+from fixup_init.tracing import Traced, trace
+
+QUICK = ("function", "time-conditioned", "densenet", "decoder-tied", "nnx-transformer", "layer-drop", "equinox-mlp")
+CASES = {case.name: case for case in ZOO + FAMILIES}
+
+
+def over_zoo() -> Any:
+    marked = [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * (c.name not in QUICK)) for c in CASES.values()]
+    return pytest.mark.parametrize("case", marked)
+
+
+def drawn(tree: Any, key: jax.Array, positive: bool = False) -> Any:
+    """Any values: those of state may stand under a square root."""
+
+    def one(k: int, leaf: Any) -> Any:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jnp.broadcast_to(jax.random.key(0), leaf.shape)
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        x = jax.random.normal(jax.random.fold_in(key, k), leaf.shape) * 0.1
+        return (jnp.abs(x) + 0.5 if positive else x).astype(leaf.dtype)
+
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [one(k, leaf) for k, leaf in enumerate(leaves)])
+
+
+def close(found: Any, whole: Any, largest: float = 0.0) -> None:
+    """To float tolerance: sums in another order. In units of the array's largest entry, and of the `largest` of all,
+    since what cancels, such as the gradient of a key's bias, is noise."""
+    whole = np.asarray(whole, np.complex128 if np.iscomplexobj(whole) else np.float64)
+    size = max(np.abs(whole).max(initial=0), 1e-3 * largest, 1e-30)
+    np.testing.assert_allclose(np.asarray(found), whole, rtol=0, atol=2e-4 * size)
+
+
+@over_zoo()
+def test_blocks_give_what_the_whole_model_gives(case: Case) -> None:
+    traced = trace(case.make(), case.inputs, {})
+    application, program = traced.application, traced.graph.program
+    params, state = drawn(application.params, jax.random.key(1)), drawn(application.state, jax.random.key(2), True)
+    noise, inputs = drawn(application.noise, jax.random.key(3)), drawn(case.inputs, jax.random.key(4))
+    arrays = [x for x in jax.tree.leaves(inputs) if hasattr(x, "shape")]
+    setup = prepare(traced, params, "output")
+    values = dict(zip(program.inputs, jax.tree.leaves((params, state, noise, arrays)), strict=True))
+    env, _ = blocks.forward(traced.graph, setup.blocks, values)
+
+    def whole(params: Any) -> list[Any]:
+        result = application.apply(params, state, noise, tuple(arrays))
+        return [x for x in jax.tree.leaves(result) if isinstance(x, jax.Array)]
+
+    results, pull = jax.vjp(jax.jit(whole), params)
+    for v, result in zip(program.outputs, results, strict=True):
+        close(env[v], result)
+    probes = [
+        jax.random.normal(jax.random.fold_in(jax.random.key(5), k), x.shape, x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+        else np.zeros(x.shape, jax.dtypes.float0)
+        for k, x in enumerate(results)
+    ]
+    starts: dict[int, Any] = {}
+    for v, probe in zip(program.outputs, probes, strict=True):
+        if v in traced.graph.node_of and probe.dtype != jax.dtypes.float0:
+            starts[v] = starts[v] + probe if v in starts else probe
+    leaves = program.inputs[: len(jax.tree.leaves(params))]
+    found = blocks.backward(traced.graph, setup.blocks, env, starts, gradients=leaves).gradients
+    gradients = {
+        v: g for v, g in zip(leaves, jax.tree.leaves(pull(probes)[0]), strict=True) if g.dtype != jax.dtypes.float0
+    }
+    largest = max(float(jnp.abs(g).max()) for g in gradients.values())
+    for v, gradient in gradients.items():
+        close(found.get(v, jnp.zeros(gradient.shape)), gradient, largest)
+
+
+@over_zoo()
+def test_every_family_is_analyzed(case: Case) -> None:
+    """Linen, NNX, Haiku and Equinox alike."""
+    model = case.make()
+    traced = trace(model, case.inputs, {})
+    params, state = (
+        drawn(traced.application.params, jax.random.key(1)),
+        drawn(traced.application.state, jax.random.key(2), True),
+    )
+    setup = prepare(traced, params, "output")
+    made, _ = run(setup, params, state, jax.random.key(0), "drawn")
+    assert len(made) == len(list(taps.unrolled(setup.taps)))
+    assert all(row.forward is not None and row.forward.finite == 1 for row in made)
+    assert any(row.backward is not None for row in made)
+
+
+def layers_of(traced: Traced) -> list[int]:
+    return [b.layers for b in prepare(traced, traced.application.params, "output").blocks]
+
+
+class Conditioned(nn.Module):
+    """A source that every block reads."""
+
+    depth: int = 20
+
+    @nn.compact
+    def __call__(self, x: Any, time: Any) -> Any:
+        time = nn.silu(nn.Dense(16)(time))
+        for _ in range(self.depth):
+            x = x + nn.Dense(16)(nn.relu(nn.Dense(16)(x) + nn.Dense(16)(time)))
+        return nn.Dense(3)(x)
+
+
+def test_what_passes_by_many_layers_is_no_hindrance() -> None:
+    x = jax.ShapeDtypeStruct((4, 16), jnp.float32)
+    traced = trace(Conditioned(), (x, x), {})
+    assert max(layers_of(traced)) <= 4
+    known = len(blocks._SIGNATURES)
+    assert max(layers_of(trace(Conditioned(40), (x, x), {}))) <= 4
+    assert len(blocks._SIGNATURES) == known
+
+
+class Dense(nn.Module):
+    """Every layer reads all before it."""
+
+    depth: int
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        parts = [x]
+        for _ in range(self.depth):
+            parts.append(nn.relu(nn.Dense(8)(sum(parts[1:], parts[0]) + parts[-1])))
+        return nn.Dense(3)(sum(parts[1:], parts[0]))
+
+
+def test_equal_blocks_are_one() -> None:
+    x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    shallow = prepare(trace(cifar_resnet(20, norm="batch"), (x,), {}), {}, "output").blocks
+    deep = prepare(trace(cifar_resnet(110, norm="batch"), (x,), {}), {}, "output").blocks
+    assert len(deep) == 4 * len(shallow) + 12 or len(deep) > 4 * len(shallow)
+    assert {b.signature for b in deep} == {b.signature for b in shallow}
+    assert max(b.layers for b in deep) <= 3
+
+
+def test_a_second_analysis_compiles_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    model = cifar_resnet(20, norm="batch")
+    variables = fi.init(model, jax.random.key(0), x)
+    first = fi.analyze(model, variables, x)
+    with jax.log_compiles(), caplog.at_level("DEBUG"):
+        assert fi.analyze(model, variables, x) == first
+    assert not [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
