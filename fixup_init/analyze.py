@@ -75,7 +75,7 @@ def analyze(
       variables: what `fi.init` or `model.init` returned; for an NNX module or a `Function` None stands for its own.
       *args: the model's own arguments; a `jax.ShapeDtypeStruct` stands for standard normal data (floating) or uniform
         integers of that shape.
-      normalization: "kept", or "removed" to bypass every normalization.
+      normalization: "kept", "removed" to bypass every normalization, or "affine" to leave its scale and bias.
       probe: where the backward pass starts: "output", "head" (the input of the head) or "auto" (the input of the head
         where its kernel is zero, else the output).
       loss: a function from the model's result to one number; its gradient is the probe then.
@@ -108,9 +108,7 @@ def analyze(
             f"steps={steps!r} with optimizer={optimizer!r}: expected a number of updates, from 0, and an optax "
             "optimizer that makes them, such as optax.sgd(0.1)."
         )
-    traced = trace(model, args, kwargs)
-    if normalization == "removed":
-        traced = without_normalization(traced, run=True)
+    traced = without_normalization(trace(model, args, kwargs), normalization, run=True)
     if variables is None:
         n = len(jax.tree.leaves((traced.application.params, traced.application.state)))
         own = traced.application.initial(jax.random.key(0), [True] * n)
@@ -159,7 +157,7 @@ def compare(
     Args:
       model: a model, or a dictionary of label and model.
       *args: the model's own arguments, as for `fi.analyze`.
-      cases: pairs (scheme, "kept" or "removed"); by default the model's own initialization with its normalization, the
+      cases: pairs (scheme, normalization); by default the model's own initialization with its normalization, the
         same without, and Fixup without. For a model without normalizations each scheme counts once.
       key: for parameters, data and probe; `jax.random.key(0)` by default.
       progress: called with (what, done, in all).
@@ -178,12 +176,12 @@ def compare(
     measured = []
     for name, one in models.items():
         kept = trace(one, args, kwargs)
-        removed = without_normalization(kept, run=True) if any(n == "removed" for _, n in cases) else kept
+        forms = {n: without_normalization(kept, n, run=True) for _, n in cases}
         wanted = [(schemes.find(scheme), normalization) for scheme, normalization in cases]
         if not kept.norms:  # nothing to remove: each scheme once
             wanted = list({scheme.name: (scheme, "kept") for scheme, _ in wanted}.values())
         for found, normalization in wanted:
-            traced = kept if normalization == "kept" else removed
+            traced = forms[normalization] if kept.norms else kept
             params, state = draw(traced, found.plan(of_trace(traced)), key)
             label = ", ".join(s for s in (name, found.name, normalization if kept.norms else "") if s)
             measured.append(measure(traced, params, state, "head", key, label, progress))

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -193,6 +193,30 @@ class Program:
         """The program in which every use of value `a` is a use of `instead[a]`; what this leaves unused is dropped."""
         rewired = dataclasses.replace(self, ops=_rewire(self.ops, instead), steps=_rewire(self.steps, instead))
         return rewired.returning([instead.get(o, o) for o in self.outputs])
+
+    def fixed(self, constants: Mapping[int, Any]) -> Program:
+        """The program in which some values are constants."""
+        ops = [op for op in self.ops if not any(v in constants for v in op.outputs)]
+        fixed = dataclasses.replace(
+            self, ops=ops, steps=_fixed(self.steps, constants), constants={**self.constants, **constants}
+        )
+        return fixed.returning(self.outputs)
+
+
+def _fixed(ops: list[Op], constants: Mapping[int, Any]) -> list[Op]:
+    """Steps without those that make what is a constant now."""
+    kept = []
+    for op in ops:
+        if any(v in constants for v in op.outputs):
+            continue
+        if op.body is not None:
+            made = tuple(v for v in _made(op.body) if v in constants)
+            body = dataclasses.replace(
+                op.body, steps=_fixed(op.body.steps, constants), constants=(*op.body.constants, *made)
+            )
+            op = dataclasses.replace(op, body=body)
+        kept.append(op)
+    return kept
 
 
 def jaxpr_of(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:

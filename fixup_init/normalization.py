@@ -13,12 +13,14 @@ import dataclasses
 import heapq
 from collections.abc import Mapping
 
+import numpy as np
+
 from fixup_init import axes, jaxprs
 from fixup_init.graph import STATE, Graph
 from fixup_init.jaxprs import Op, Program, p
 from fixup_init.orders import SQUASH, orders
 
-__all__ = ["Norm", "check_bypass", "find", "remove"]
+__all__ = ["Norm", "check_bypass", "find", "keep_affine", "remove"]
 
 _REDUCTIONS = frozenset({p.reduce_sum_p, p.reduce_max_p, p.reduce_window_sum_p, p.reduce_p, p.dot_general_p})
 _PASSING = frozenset({p.convert_element_type_p, p.reshape_p, p.broadcast_in_dim_p, p.transpose_p, p.copy_p})
@@ -34,7 +36,8 @@ class Norm:
 
     `core` is the value in which the orders cancel; `region` holds the nodes from `source` to `end`, neither the source
     itself; `axes` are those of the source that its statistics are taken over, and `batch` says whether examples share
-    them; `scale` and `bias` are the leaves of its affine part.
+    them; `scale` and `bias` are the leaves of its affine part. `core` is `shifted` times or over `statistic`, and maybe
+    times the scale.
     """
 
     source: int
@@ -47,6 +50,8 @@ class Norm:
     form: str  # "train" or "inference"
     scale: tuple[int, ...]
     bias: tuple[int, ...]
+    shifted: int
+    statistic: int
 
 
 def find(graph: Graph) -> tuple[Norm, ...]:
@@ -85,6 +90,24 @@ def check_bypass(graph: Graph, norms: tuple[Norm, ...]) -> None:
                 "conditional or a shard_map, which runs as a whole: it cannot be bypassed on arrays. Measure with "
                 'normalization="kept", or give the model without the conditional.'
             )
+
+
+def keep_affine(graph: Graph, norms: tuple[Norm, ...]) -> Program:
+    """The program with normalizations bypassed, but their scale and bias left where they are.
+
+    Args:
+      graph: the graph in which `norms` were found.
+      norms: what to take out.
+    """
+    program = graph.program
+    instead: dict[int, int] = {}
+    for norm in norms:
+        value = _unscaled(graph, norm.shifted)
+        op = graph.op(graph.node_of[value])
+        if op is not None and op.primitive is p.sub_p and graph.node_of[value] in norm.region:
+            instead[value] = op.inputs[0]  # x - mean(x)
+    ones = {norm.statistic: np.ones(program.shape(norm.statistic), program.dtype(norm.statistic)) for norm in norms}
+    return program.rewired(instead).fixed(ones)
 
 
 def remove(graph: Graph, norms: tuple[Norm, ...]) -> Program:
@@ -145,10 +168,21 @@ def _statistical(graph: Graph, node: int, op: Op) -> Norm | None:
         reductions += [o for n in centred[1] if (o := graph.op(n)) is not None and o.primitive in _REDUCTIONS]
     scale = _leaves_of(graph, [n for n in region if _is(graph, n, p.mul_p)])
     end, tail, scale_after, bias = _affine(graph, node, source)
+    shifted, factor = op.inputs[::-1] if op.primitive is p.mul_p and left < right else op.inputs
     return Norm(
         source, op.outputs[0], around, graph.value(end), frozenset(nodes | {node, *tail}), (), False, "train",
-        tuple(dict.fromkeys((*scale, *scale_after))), bias,
+        tuple(dict.fromkeys((*scale, *scale_after))), bias, shifted, _unscaled(graph, factor),
     )  # fmt: skip
+
+
+def _unscaled(graph: Graph, value: int) -> int:
+    """A value before casts, reshapes and the parameters that multiply it."""
+    while (op := graph.op(graph.node_of.get(value, -1))) is not None:
+        streams = [v for v in op.inputs if graph.is_activation(v)]
+        if len(streams) != 1 or op.primitive not in _PASSING | {p.mul_p}:
+            break
+        (value,) = streams
+    return value
 
 
 def _divisive(graph: Graph, op: Op, ops: list[int], seeds: dict[int, float]) -> bool:
@@ -176,10 +210,19 @@ def _inference(graph: Graph, node: int, op: Op) -> Norm | None:
         stream = made.inputs[0]
     scale = tuple(o for o in graph.origins.get(factor, ()) if graph.leaves[o].kind == "param")
     end, tail, scale_after, bias = _affine(graph, node, stream)
+    shifted = next(v for v in op.inputs if graph.is_activation(v))
     return Norm(
         stream, op.outputs[0], stream, graph.value(end), frozenset(nodes | set(tail)), (), True, "inference",
-        tuple(dict.fromkeys((*scale, *scale_after))), bias,
+        tuple(dict.fromkeys((*scale, *scale_after))), bias, shifted, _root_of_state(graph, factor),
     )  # fmt: skip
+
+
+def _root_of_state(graph: Graph, factor: int) -> int:
+    """The value nearest a factor that is made of state alone."""
+    while graph.kind[factor] & ~STATE:
+        made = graph.program.ops[graph.maker[factor]]
+        factor = next(v for v in made.inputs if graph.kind[v] & STATE)
+    return factor
 
 
 def _region(graph: Graph, node: int) -> tuple[int, list[int]] | None:

@@ -17,7 +17,7 @@ from fixup_init.frameworks.application import arrays_in, path_of
 
 __all__ = ["NORMALIZATION", "Traced", "check_normalization", "trace", "uncollected", "without_normalization"]
 
-NORMALIZATION = ("kept", "removed")
+NORMALIZATION = ("kept", "removed", "affine")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +39,8 @@ def trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], normalizati
       model: Linen module, NNX module or `Function`.
       args: positional arguments after the key.
       kwargs: keyword arguments.
-      normalization_: "kept", or "removed" to bypass every normalization that is found.
+      normalization_: "kept", "removed" to bypass every normalization that is found, or "affine" to bypass all of it but
+        its scale and bias.
 
     Raises:
       ModelError: the model fails on these inputs, or returns no array.
@@ -47,7 +48,7 @@ def trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], normalizati
     check_normalization(normalization_)
     with uncollected():
         traced = _trace(model, args, kwargs)
-        return traced if normalization_ == "kept" else without_normalization(traced)
+        return without_normalization(traced, normalization_)
 
 
 @contextlib.contextmanager
@@ -104,17 +105,21 @@ def check_normalization(value: str) -> None:
         raise ValueError(f"normalization={value!r}: expected one of {', '.join(map(repr, NORMALIZATION))}.")
 
 
-def without_normalization(traced: Traced, run: bool = False) -> Traced:
+def without_normalization(traced: Traced, which: str = "removed", run: bool = False) -> Traced:
     """The same trace with every normalization bypassed.
 
     Args:
       traced: the trace.
+      which: "removed", or "affine" to leave its scale and bias; with "kept" nothing is done.
       run: whether it is to run on arrays; refuses where a normalization lies inside of what is bound whole.
     """
+    if which == "kept":
+        return traced
     if run:
         normalization.check_bypass(traced.graph, traced.norms)
     leaves = [traced.graph.leaves[v] for v in traced.graph.program.inputs]
-    return _understood(traced.application, traced.restore, normalization.remove(traced.graph, traced.norms), leaves)
+    bypass = normalization.remove if which == "removed" else normalization.keep_affine
+    return _understood(traced.application, traced.restore, bypass(traced.graph, traced.norms), leaves)
 
 
 def _restorer(result: Any) -> Callable[[Sequence[Any]], Any]:
