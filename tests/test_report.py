@@ -1,5 +1,6 @@
 """Trees, tables, figures and pages: what they say, that nothing breaks them, and that a browser draws the page."""
 
+import csv
 import dataclasses
 import functools
 import html as markup
@@ -8,6 +9,7 @@ import json
 import math
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -21,14 +23,18 @@ import pytest
 import fixup_init as fi
 from fixup_init.extras import require
 from fixup_init.models.resnet import cifar_resnet, imagenet_resnet
-from fixup_init.propagation import Comparison, Propagation, Row, Statistics
+from fixup_init.predict import predict
+from fixup_init.propagation import Comparison, Propagation, Row, Statistics, Weight
 from fixup_init.report.drawing import Box, Node, Text, lay_out, svg
 from fixup_init.report.figure import figure, save
 from fixup_init.report.html import TrainingRun, html, structure_html, write
-from fixup_init.report.layout import fold, line, merged, number, positions, selection, words
+from fixup_init.report.layout import fold, line, merged, number, pairs, positions, selection, words
+from fixup_init.report.table import records, to_csv
+from fixup_init.report.tensorboard import to_tensorboard
 from fixup_init.report.text import comparison_table, propagation_table
 from fixup_init.report.tree import plan_table, rich_tree, tree
 from fixup_init.structure import Undecided
+from fixup_init.verdicts import verdicts
 
 ZERO, BAD = Statistics(0.0, 0.0, 0.0), Statistics(math.nan, math.nan, math.nan, 0.7)
 X = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
@@ -62,6 +68,45 @@ def comparison(blocks):
         propagation("Fixup", blocks, zero_branches=True),
         propagation("half precision", blocks, 1.9, 1.5, overflow=blocks // 3 + 1, dead=blocks // 4),
     ))  # fmt: skip
+
+
+def detailed(blocks):
+    """`comparison` with every statistic known, norms of weights, and without the run that overflows."""
+
+    def filled(s, k):
+        share = k / (4 * blocks + 2)
+        return dataclasses.replace(
+            s, zeros=0.5, saturated=0.125 * (k % 2), example_cosine=share - 0.2, effective_rank=10 - 9 * share,
+            example_share=0.6 * (1 - share), channel_share=0.3, position_share=0.05,
+        )  # fmt: skip
+
+    def row(r, k):
+        weight = Weight(2.0, r.backward.second_moment**0.5) if r.kind == "weight" else None
+        return dataclasses.replace(r, forward=filled(r.forward, k), backward=filled(r.backward, k), weight=weight)
+
+    def one(p):
+        return dataclasses.replace(p, rows=tuple(row(r, k) for k, r in enumerate(p.rows)))
+
+    return Comparison(tuple(one(p) for p in comparison(blocks).propagations[:3]))
+
+
+APPROXIMATE, UNKNOWN = "approximate: examples are not independent <b>here</b>", "unknown: no rule for softmax"
+
+
+def prediction(one, scale=1.25):
+    """A made-up prediction of a propagation: larger by `scale`, not known from the last branch to the last sum."""
+
+    def row(r, k):
+        if k >= len(one) - 3 and r.kind != "output":
+            return dataclasses.replace(r, forward=None, backward=None, weight=None, note=UNKNOWN)
+        forward, backward = (
+            Statistics(s.mean, s.second_moment * scale - s.mean**2, math.nan) for s in (r.forward, r.backward)
+        )
+        note = APPROXIMATE if k == 3 else ""
+        return dataclasses.replace(r, forward=forward, backward=backward, weight=None, note=note)
+
+    rows = tuple(row(r, k) for k, r in enumerate(one.rows))
+    return dataclasses.replace(one, kind="predicted", rows=rows, notes=("Widths are taken as large.",))
 
 
 def trainings():
@@ -657,7 +702,7 @@ def test_tables_fit(blocks, width):
         comparison_table(comparison(blocks), width),
         *(propagation_table(p, width=width) for p in comparison(blocks)),
     ):
-        assert max(map(len, text.splitlines())) <= width and len(text.splitlines()) < 60, text
+        assert max(map(len, text.splitlines())) <= width and len(text.splitlines()) < 90, text
         assert "nan" not in text and "\x1b" not in text
 
 
@@ -698,7 +743,197 @@ def test_positions():
     assert line(propagation("x", 9, overflow=5), "forward").overflows == (5, 6, 7, 8, 9)
 
 
+def test_pairs():
+    three = detailed(4)
+    fixup = prediction(three["Fixup"])
+    found = pairs(three, [fixup])
+    assert [(p.own.label, p.predicted is fixup) for p in found] == [
+        ("batch norm", False), ("no normalization, He", False), ("Fixup", True),
+    ]  # fmt: skip
+    assert pairs(Comparison((fixup, *three)))[2].predicted is fixup
+    # A lone one needs no label; another label among several, and other rows, stand alone.
+    renamed = dataclasses.replace(fixup, label="theory")
+    assert pairs(three["Fixup"], renamed)[0].predicted is renamed
+    assert [p.own.label for p in pairs(three, renamed)][3:] == ["theory"]
+    assert pairs(three, dataclasses.replace(fixup, label="Fixup, predicted"))[2].predicted is not None
+    other = pairs(three["Fixup"], dataclasses.replace(fixup, probe="input of the head"))[0]
+    assert found[2].notes == ["Prediction: Widths are taken as large."]
+    assert other.notes[1].startswith("The measured gradients start at the output, the predicted ones at the input of")
+    short = dataclasses.replace(fixup, rows=fixup.rows[1:])
+    assert [p.predicted for p in pairs(three["Fixup"], short)] == [None, None]
+
+
+@pytest.mark.parametrize("width", [80, 100, 140, 200])
+@pytest.mark.parametrize("blocks", [4, 300])
+def test_tables_with_predictions_fit(blocks, width):
+    three = detailed(blocks)
+    predictions = [prediction(p) for p in three]
+    for one, theory in zip(three, predictions, strict=True):
+        text = propagation_table(one, width=width, predicted=theory)
+        assert max(map(len, text.splitlines())) <= width and "nan" not in text and "…" not in text
+        heads = next(part for part in text.splitlines() if part.startswith("block")).split()
+        assert heads.count("predicted") == 2 and heads[heads.index("predicted") - 1] == "E[x²]"
+        assert ("variance" in heads) >= ("kind" in heads) == (width == 200)
+        assert ("mean² share   cosine" in text) == (width > 80)
+        assert f"{UNKNOWN} (2 rows, branch {blocks} to sum {blocks})" in " ".join(text.split())
+    text = comparison_table(three, width, predictions)
+    assert max(map(len, text.splitlines())) <= width
+    assert sum(part.count("predicted") for part in text.splitlines() if part.startswith("block")) == 6
+
+
+def test_what_was_not_measured_is_named():
+    one = dataclasses.replace(propagation("x", 2), unmeasured=tuple(f"layer_{k}" for k in range(6)), notes=("A note.",))
+    words = "which runs as a whole: layer_0, layer_1, layer_2, layer_3 and 2 more."
+    for text in (propagation_table(one, width=200), html(one, title="t")):
+        assert words in text and "A note." in text
+
+
+def test_numbers_of_predictions_stand_beside_the_measured():
+    one = detailed(4)["no normalization, He"]
+    text = propagation_table(one, width=100, predicted=prediction(one, 2.0))
+    assert re.search(r" 2   sum 2 +9 +18 ", text) and re.search(r" 4   sum 4 +36 +44%", text)
+    assert "examples 33%" in propagation_table(one, width=100) and "examples 33%" not in text
+    assert "Widths are taken as large." in text and APPROXIMATE in text
+    alone = propagation_table(prediction(one, 2.0), width=100)
+    assert "18 rows; predicted" in alone and "probe" not in alone
+    table = comparison_table(Comparison((one,)), 80, prediction(one, 2.0))
+    assert re.search(r"^ +2 +9 +18$", table, re.M) and re.search(r"^ +4 +36$", table, re.M)
+
+
+def test_verdicts_stand_on_top():
+    one = detailed(27)["no normalization, He"]
+    text = propagation_table(one, width=100)
+    found = verdicts(one)
+    (worst,) = [v for v in found if v.kind == "growth" and v.direction == "forward"]
+    first = text[: text.index("\nblock ")]
+    assert f"▲ warning  {worst.text[:60]}" in first and " ".join(worst.advice.split()[:8]) in first
+    table = comparison_table(detailed(27), 100)
+    assert table.startswith("no normalization, He:\n▲ warning  The signal explodes")
+    assert worst.advice[:30] not in table
+    assert f"and {len(verdicts(comparison(300).propagations[1])) - 2} more;" in comparison_table(comparison(300), 100)
+
+
+# ---- records, files for others
+
+
+def test_records():
+    three = detailed(4)
+    theory = prediction(three["Fixup"])
+    found = records(Comparison((*three, theory)))
+    assert len(found) == 4 * 18 and len({tuple(r) for r in found}) == 1
+    row, own = found[20], three.propagations[1].rows[2]
+    assert (row["label"], row["source"], row["index"], row["name"]) == ("no normalization, He", "measured", 2, "relu")
+    row, own = found[19], three.propagations[1].rows[1]
+    assert row["forward_variance"] == own.forward.variance and row["backward_zeros"] == 0.5 and row["block"] == 0
+    assert row["forward_second_moment"] == own.forward.second_moment and row["shape"] == "8×4×4×16"
+    assert row["weight_ratio"] == own.weight.ratio and row["weight_parameter_norm"] == 2.0
+    assert found[-2]["source"] == "predicted" and found[-2]["note"] == UNKNOWN
+    assert math.isnan(found[-2]["forward_mean"]) and math.isnan(found[18]["weight_ratio"])
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(found)
+    assert frame.shape == (72, len(row)) and frame["forward_variance"].dtype == float
+    assert frame[frame.kind == "sum"].groupby("label")["forward_second_moment"].last()["no normalization, He"] == 36
+
+
+def test_csv(tmp_path):
+    one = detailed(2)["Fixup"]
+    odd = dataclasses.replace(one, label='a, "b"\nc', rows=(dataclasses.replace(one.rows[0], name="語"), *one.rows[1:]))
+    path = to_csv(odd, tmp_path / "new" / "rows.csv")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(one) and {r["label"] for r in rows} == {odd.label} and rows[0]["name"] == "語"
+    for read, record in zip(rows, records(odd), strict=True):
+        for name, value in record.items():
+            if isinstance(value, float):
+                assert read[name] == "" if math.isnan(value) else float(read[name]) == value
+            else:
+                assert read[name] == ("" if value is None else str(value))
+    with pytest.raises(UnicodeEncodeError):
+        to_csv(dataclasses.replace(odd, label="\ud800"), path)
+    assert [p.name for p in path.parent.iterdir()] == ["rows.csv"] and path.read_text("utf-8").count("語") == 1
+
+
+def scalars(directory):
+    """What TensorBoard would read: {tag: [(step, value)]}."""
+    event = require("tensorboardX.proto.event_pb2", "tensorboard")
+    found = {}
+    for path in sorted(directory.glob("events.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # records: length, its checksum, the event, its checksum
+            (length,) = struct.unpack_from("<Q", data, at)
+            one = event.Event.FromString(data[at + 12 : at + 12 + length])
+            for value in one.summary.value:
+                found.setdefault(value.tag, []).append((one.step, value.simple_value))
+            at += length + 16
+    return found
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    three = detailed(3)
+    he = three["no normalization, He"]
+    logged = to_tensorboard(Comparison((*three, prediction(he))), tmp_path / "runs")
+    names = sorted(p.name for p in logged.iterdir())
+    assert names == ["Fixup", "batch_norm", "no_normalization_He", "no_normalization_He_predicted"]
+    found = scalars(logged / "no_normalization_He")
+    assert dict(found["forward/second_moment"]) == {1: 4.5, 2: 9, 3: 18}
+    ratios = {k: r.weight.ratio for k, r in enumerate(he.select("weight"), 1)}
+    assert dict(found["weight/ratio"]) == pytest.approx(ratios) and len(set(ratios.values())) == 3
+    assert len(found) == 2 * 13 + 3
+    # What is not known is left out.
+    theory = scalars(logged / "no_normalization_He_predicted")
+    assert [k for k, _ in theory["forward/variance"]] == [1, 2] and "forward/zeros" not in theory
+    by_row = scalars(to_tensorboard(he, tmp_path / "rows", by="row") / "no_normalization_He")
+    assert by_row["backward/mean"] == [(k, 0.0) for k in range(len(he))]
+    same = to_tensorboard([he, he], tmp_path / "same")
+    assert sorted(p.name for p in same.iterdir()) == ["no_normalization_He", "no_normalization_He_2"]
+    with pytest.raises(ValueError, match="by='step': expected 'block' or 'row'"):
+        to_tensorboard(he, tmp_path, by="step")
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r"`tensorboardX` is needed.*fixup_init\[tensorboard\]"):
+        to_tensorboard(he, tmp_path)
+
+
 # ---- figures
+
+
+def test_a_prediction_alone():
+    theory = prediction(detailed(4)["Fixup"])
+    text = html(theory, title="t")
+    assert "predicted from shapes and the plan" in text and "random probe" not in text and UNKNOWN in text
+    (one,) = page_data(text)["propagations"]
+    assert one["source"] == "predicted" and not one["paired"] and "zeros" not in one["forward"]
+    drawn = figure(theory).axes[0]
+    assert [x.get_linestyle() for x in drawn.lines] == ["--"] and drawn.get_legend().texts[
+        0
+    ].get_text() == "Fixup, predicted"
+
+
+@pytest.mark.parametrize("blocks", [1, 300])
+def test_predictions_are_dashed_and_shares_stacked(blocks, tmp_path):
+    three = detailed(blocks)
+    drawing = figure(three, predicted=[prediction(p) for p in three], channel_means=True, shares=True)
+    assert len(drawing.axes) == 6
+    forward = drawing.axes[0]
+    labels = [t.get_text() for t in forward.get_legend().get_texts()]
+    assert labels[1::2] == [f"{p.label}, predicted" for p in three] and len(labels) == 6
+    lines = {x.get_label(): x for x in forward.lines if not x.get_label().startswith("_")}
+    for own, theory in zip(labels[::2], labels[1::2], strict=True):
+        assert lines[own].get_color() == lines[theory].get_color() and lines[own].get_linestyle() == "-"
+        assert lines[theory].get_linestyle() == "--"
+        assert len(lines[own].get_xdata()) == blocks and len(lines[theory].get_xdata()) == blocks - 1
+        assert len(lines[own].get_markevery()) <= 40
+    assert len({lines[x].get_marker() for x in labels[::2]}) == 3
+    # Nothing is predicted of channel means, so nothing is drawn.
+    assert len(drawing.axes[2].lines) == 3
+    bands = drawing.axes[3].collections
+    assert [b.get_label() for b in bands] == [
+        "across examples", "across channels", "across positions", "in their combinations",
+    ]  # fmt: skip
+    assert bands[-1].get_paths()[0].vertices[:, 1].max() == pytest.approx(1)
+    path = save(drawing, tmp_path / "all.png")
+    assert path.stat().st_size < 400_000
+    # No statistics of axes, no panels for them.
+    assert len(figure(comparison(blocks), shares=True).axes) == 2
 
 
 @pytest.mark.parametrize("blocks", [1, 4, 27, 163, 300])
@@ -735,7 +970,8 @@ def test_heavy_packages_are_imported_when_needed():
 import sys
 import fixup_init.report.figure, fixup_init.report.html
 from fixup_init.propagation import Comparison
-assert not {"matplotlib", "plotly", "jinja2"} & set(sys.modules)
+import fixup_init.report.table, fixup_init.report.tensorboard
+assert not {"matplotlib", "plotly", "jinja2", "tensorboardX", "pandas"} & set(sys.modules)
 fixup_init.report.figure.figure(Comparison(()))
 assert "matplotlib.pyplot" not in sys.modules
 """
@@ -774,15 +1010,18 @@ def test_page_data_round_trip():
     text = html(comparison(163), title="t", training=trainings())
     data = page_data(text)
     he = data["propagations"][1]
-    row = dict(zip(data["fields"], he["rows"][-2], strict=True))
-    assert (row["kind"], row["name"], row["shape"], row["depth"]) == ("sum", "sum 163", "8×4×4×16", 163)
-    forward = dict(zip(data["statistics"], row["forward"], strict=True))
-    assert forward["second_moment"] == pytest.approx(
-        comparison(163).propagations[1].rows[-2].forward.second_moment, 1e-5
-    )
-    assert forward["second_moment"] > 1e49
-    half = dict(zip(data["fields"], data["propagations"][3]["rows"][-2], strict=True))
-    assert half["forward"] == [None, None, None, None, 0.7]
+    row = {name: values[-2] for name, values in he["rows"].items()}
+    texts = [data["texts"][row[name]] for name in ("kind", "name", "shape")]
+    assert texts == ["sum", "sum 163", "8×4×4×16"] and row["depth"] == 163
+    forward = {name: values[-2] for name, values in he["forward"].items()}
+    expected = comparison(163).propagations[1].rows[-2].forward
+    assert forward["second_moment"] == pytest.approx(expected.second_moment, 1e-4) and forward["second_moment"] > 1e49
+    assert forward["mean_share"] == pytest.approx(expected.squared_channel_mean / expected.second_moment, 1e-4)
+    assert forward["channel_variance"] == pytest.approx(expected.channel_variance, 1e-4)
+    # What is known of no row is not there.
+    assert "example_cosine" not in forward and data["propagations"][1]["predicted_forward"] == {}
+    half = {name: values[-2] for name, values in data["propagations"][3]["forward"].items()}
+    assert half.pop("finite") == 0.7 and set(half.values()) == {None}
     assert data["runs"][2]["loss"] == [9.5, None] and data["runs"][0]["steps"][-1] == 40
     assert len(text) < 8_000_000
 
@@ -885,10 +1124,10 @@ def test_the_page_is_drawn_and_clicked(browse):
     actions = """
     click("input[name=kind][value=branch]");
     await step();
-    click("input[name=scale][value=linear]");
+    click("#controls [name=scale][value=linear]");
     await step();
-    click("#rows th:nth-child(9) button");
-    click("#rows th:nth-child(9) button");
+    click("#rows th:nth-child(7) button");
+    click("#rows th:nth-child(7) button");
     await step();
     document.querySelector("#filters [name=text]").value = "SUM 27";
     document.querySelector("#filters [name=text]").dispatchEvent(new Event("input", { bubbles: true }));
@@ -906,21 +1145,340 @@ def test_the_page_is_drawn_and_clicked(browse):
     assert branches["drawn"] > first["drawn"] + 80
     assert branches["marks"].count("triangle-down-open") == 27  # Fixup's branches end at zero
     assert linear["type"] == "linear" and "triangle-down-open" not in linear["marks"]
-    assert first["rows"][0][:5] == ["batch norm", "1", "0", "input", "input/0"] and len(first["rows"]) == 100
+    # Folded: a line for each block, that of its sum.
+    assert first["rows"][0][:5] == ["batch norm", "5", "1", "sum", "sum 1 (5 rows)"] and len(first["rows"]) == 100
+    assert first["page"] == "440 rows in 112 blocks, page 1 of 2"
     best = sorted_["rows"][0]
-    assert best[0] == "no normalization, He" and best[8] == figures(comparison(27).propagations[1].rows[-1])
-    assert [r[4] for r in filtered["rows"]] == ["sum 27"] * 4 and filtered["page"] == "4 rows, page 1 of 1"
+    assert best[0] == "no normalization, He" and best[6] == figures(comparison(27).propagations[1].rows[-1])
+    assert [r[4] for r in filtered["rows"]] == ["sum 27"] * 4 and filtered["page"] == "4 rows in 4 blocks, page 1 of 1"
     assert "layer1_{0..2} x 3" in dom
 
 
-@pytest.mark.parametrize("blocks", [4, 300])
-def test_pages_of_any_depth_are_drawn(browse, blocks):
+def test_a_deep_page_is_drawn(browse):
+    blocks = 300
     (first,) = seen(browse(html(comparison(blocks), title="Drift"), "--dump-dom", script=SEEN.replace("ACTIONS", "")))
     assert (
         first["state"] == "ready"
         and first["drawn"] >= 4
-        and first["page"].endswith(f"of {-(-4 * (4 * blocks + 2) // 100)}")
+        and first["page"].endswith(f"of {-(-4 * (blocks + 1) // 100)}")
     )
+
+
+# Helpers for a script in the page; BODY returns what is seen.
+PLAY = """
+const plot = (id) => document.getElementById(id);
+const wait = (time) => new Promise((done) => setTimeout(done, time));
+const drawn = async () => {
+  do { await wait(20); } while (document.documentElement.dataset.state === "drawing");
+};
+const one = (selector) => document.querySelector(selector);
+const click = async (selector) => { one(selector).click(); await drawn(); };
+const choose = async (selector, value) => {
+  const select = one(selector);
+  select.value = value;
+  for (const type of ["input", "change"]) select.dispatchEvent(new Event(type, { bubbles: true }));
+  await drawn();
+};
+const press = async (id, ...keys) => {
+  for (const key of keys) {
+    plot(id).dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+  }
+  await drawn();
+};
+const traces = (id) => plot(id).data.map((t) => ({
+  name: t.name, dash: t.line?.dash, colour: t.line?.color ?? t.marker?.color, last: t.y.at(-1),
+  points: t.y.filter((y) => y !== null).length, fill: t.stackgroup ?? null, symbol: t.marker?.symbol ?? null,
+}));
+const table = () =>
+  [...document.querySelectorAll("#rows tbody tr")].map((tr) => [...tr.cells].map((td) => td.textContent));
+const texts = (selector) => [...document.querySelectorAll(selector)].map((x) => x.textContent);
+(async () => {
+  await drawn();
+  const found = await (async () => { BODY })().catch((error) => ({ failed: String(error.stack) }));
+  const seen = document.createElement("pre");
+  seen.id = "seen";
+  found.error = document.getElementById("error").textContent;
+  found.state = document.documentElement.dataset.state;
+  seen.textContent = JSON.stringify(found);
+  document.body.append(seen);
+})();
+"""
+
+
+def play(browse, text, body, *options):
+    found = seen(browse(text, "--dump-dom", *options, script=PLAY.replace("BODY", body)))
+    assert found.get("failed") is None and found["error"] == "" and found["state"] == "ready", found
+    return found
+
+
+def test_predictions_lie_over_what_was_measured(browse):
+    three = detailed(9)
+    text = html(three, title="t", predicted=[prediction(p) for p in three])
+    assert "Where theory does not hold" in text and "Prediction: Widths are taken as large." in text
+    found = play(
+        browse,
+        text,
+        """
+        const first = { forward: traces("forward"), backward: traces("backward") };
+        const hover = plot("forward").data[0].hovertext[8], dashed = plot("forward").data[3].hovertext[0];
+        await click("input[name=source][value=predicted]");
+        const measured = traces("forward").length;
+        await click("input[name=source][value=predicted]");
+        await click("input[name=source][value=measured]");
+        const predicted = traces("forward").map((t) => t.dash), spp = traces("spp-mean").length;
+        await click("#notes a.of");
+        return { first, hover, dashed, measured, predicted, rows: table(), only: one("#only").textContent,
+          head: texts("#rows th"), notes: texts("#notes tbody tr"), spp };
+        """,
+    )
+    for lines, blocks in ((found["first"]["forward"], 8), (found["first"]["backward"], 8)):
+        assert [t["dash"] for t in lines] == ["solid"] * 3 + ["dash"] * 3
+        assert [t["colour"] for t in lines[:3]] == [t["colour"] for t in lines[3:]]
+        assert len({t["colour"] for t in lines}) == 3
+        assert [t["points"] for t in lines] == [9] * 3 + [blocks] * 3
+        assert lines[4]["name"] == "no normalization, He, predicted"
+    he = three["no normalization, He"].select("sum")
+    assert found["first"]["forward"][1]["last"] == he[-1].forward.second_moment
+    assert found["first"]["forward"][4]["last"] == 1.25 * he[-2].forward.second_moment
+    for part in ("<b>sum 9</b>", "variance across", "examples", "zeros 50%", "cosine", "effective rank", UNKNOWN):
+        assert part in found["hover"]
+    assert "predicted" in found["dashed"] and "sum 1" in found["dashed"]
+    assert found["measured"] == 3 and found["predicted"] == ["dash"] * 3
+    # The note, which is no markup, leads to its row.
+    assert APPROXIMATE in found["notes"][0] and found["only"].startswith(f"Only the rows of: {APPROXIMATE}")
+    (row,) = [dict(zip(found["head"], r, strict=True)) for r in found["rows"]]
+    assert row["name"] == "branch 1" and row["note"] == APPROXIMATE
+    assert float(row["predicted E[x²]"]) == pytest.approx(1.25 * float(row["E[x²]"]), 1e-3)
+    assert found["spp"] == 0  # of channel means nothing is predicted
+
+
+def test_a_real_network(browse, tmp_path):
+    """Measured and predicted, all the way to the page."""
+    model, x = cifar_resnet(8, norm="batch", width=4), jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32)
+    one = fi.analyze(model, fi.init(model, jax.random.key(0), x, scheme="he_normal"), x, label="kept")
+    theory = predict(model, x, scheme="he_normal", label="kept")
+    text = propagation_table(one, width=100, predicted=theory)
+    assert re.search(r"E\[x²\] +predicted .* E\[g²\] +predicted", text)
+    assert "nan" not in text and max(map(len, text.splitlines())) <= 100
+    assert len(figure(one, predicted=theory, channel_means=True, shares=True).axes) == 4
+    found = records(Comparison((one, theory)))
+    assert len(found) == 2 * len(one) and sum(r["weight_ratio"] > 0 for r in found) == len(one.select("weight"))
+    assert to_csv(one, tmp_path / "rows.csv").read_text("utf-8").count("\n") == len(one) + 1
+    found = play(
+        browse,
+        html(one, title="t", predicted=theory, structure=fi.structure(model, x)),
+        """
+        const lines = traces("forward"), shares = traces("shares-forward").map((t) => t.name);
+        const spp = traces("spp-mean").map((t) => t.dash), rows = table();
+        return { lines, shares, spp, rows, said: texts(".verdicts .text"), all: texts("[name=quantity] option") };
+        """,
+    )
+    measured, predicted = found["lines"]
+    assert (measured["dash"], predicted["dash"]) == ("solid", "dash")
+    for drawn, p in ((measured, one), (predicted, theory)):
+        assert drawn["points"] == 3
+        assert drawn["last"] == pytest.approx(p.select("sum")[-1].forward.second_moment, 1e-3)
+    assert found["spp"] == ["solid", "dash"] and len(found["shares"]) == 4 and len(found["all"]) >= 14
+    assert [r[4] for r in found["rows"]] == [r.name for r in one] and found["said"] == [
+        v.text for v in verdicts(one, theory)
+    ]
+
+
+def test_every_statistic_is_drawn(browse):
+    three = detailed(9)
+    found = play(
+        browse,
+        html(three, title="t"),
+        """
+        const seen = {};
+        for (const { value } of [...one("[name=quantity]").options]) {
+          await choose("[name=quantity]", value);
+          const { type } = plot("forward").layout.yaxis;
+          seen[value] = { type, traces: traces("forward"), backward: !plot("backward").hidden };
+        }
+        await choose("[name=quantity]", "example_cosine");
+        await click("#controls [name=scale][value=log]");
+        const cosine = traces("forward");
+        await choose("#sharing [name=run]", "2");
+        return { seen, cosine, shares: traces("shares-forward"), link: one("nav [data-of=shares]") !== null,
+          spp: ["spp-mean", "spp-variance", "spp-branch"].map(traces), sources: one("#sources").hidden };
+        """,
+    )
+    seen_ = found["seen"]
+    assert list(seen_) == [
+        *("second_moment", "variance", "mean", "squared_channel_mean", "channel_variance", "mean_share", "zeros"),
+        *("saturated", "example_cosine", "effective_rank", "example_share", "channel_share", "position_share"),
+        *("ratio", "gradient_norm", "parameter_norm"),
+    ]
+    linear = {*list(seen_)[5:13]}
+    he = three["no normalization, He"]
+    last, weight = he.select("sum")[-1].forward, he.select("weight")[-1].weight
+    for name, one in seen_.items():
+        expected = (
+            last.squared_channel_mean / last.second_moment if name == "mean_share"
+            else getattr(weight if hasattr(weight, name) else last, name)
+        )  # fmt: skip
+        drawn = [t for t in one["traces"] if t["name"] and t["name"].startswith("no norm")]
+        shown = [t["last"] for t in drawn]
+        assert shown == [pytest.approx(expected, 1e-3)], (name, one)
+        assert one["backward"] == (not hasattr(weight, name))  # norms of weights have no direction
+        assert one["type"] == ("linear" if name in linear else "log"), name
+    # A cosine may be negative: a mark at the lower edge of a logarithmic axis.
+    assert any("triangle-down-open" in (t["symbol"] or []) for t in found["cosine"])
+    assert [t["name"] for t in found["shares"]] == [
+        "across examples", "across channels", "across positions", "in their combinations",
+    ]  # fmt: skip
+    s = three["Fixup"].select("sum")[-1].forward
+    assert [t["last"] for t in found["shares"]] == pytest.approx(
+        [s.example_share, 0.3, 0.05, 0.65 - s.example_share], abs=1e-4
+    )
+    assert {t["fill"] for t in found["shares"]} == {"shares"} and found["link"] and found["sources"]
+    mean, variance, branch = found["spp"]
+    assert mean[1]["last"] == pytest.approx(last.squared_channel_mean, 1e-3)
+    assert variance[1]["last"] == pytest.approx(last.channel_variance, 1e-3)
+    # Fixup's branches end at zero, which is marked.
+    assert [t["name"] for t in branch[:3]] == [p.label for p in three] and branch[2]["points"] == 0 and len(branch) == 4
+
+
+def test_verdicts_lead_to_their_rows(browse):
+    three = detailed(27)
+    he = three["no normalization, He"]
+    (growth,) = [v for v in verdicts(he) if v.kind == "growth" and v.direction == "forward"]
+    found = play(
+        browse,
+        html(three, title="t"),
+        """
+        const cards = texts(".card h2"), severities = texts(".severity"), advice = texts(".advice");
+        const said = texts(".verdicts .text");
+        const k = said.findIndex((x) => x.startsWith("The signal explodes"));
+        document.querySelectorAll(".verdicts li")[k].querySelector("a").click();
+        await drawn();
+        const circles = traces("forward").at(-1), branch = traces("spp-mean").length;
+        const marked = { rows: table(), only: one("#only").textContent, circles, hash: location.hash };
+        await click("#only button");
+        const again = traces("forward").length;
+        return { cards, severities, advice, said, marked, again, branch, page: one("#page").textContent };
+        """,
+    )
+    assert found["cards"] == [p.label for p in three]
+    assert found["said"] == [v.text for p in three for v in verdicts(p)]
+    assert "▲ warning" in found["severities"] and growth.advice in found["advice"]
+    marked = found["marked"]
+    assert len(marked["rows"]) == len(growth.rows) and marked["only"].startswith(f"Only the rows of: {growth.text}")
+    assert {r[0] for r in marked["rows"]} == {he.label} and marked["hash"] == "#every"
+    assert [r[4] for r in marked["rows"]] == [he.rows[k].name for k in sorted(growth.rows)]
+    assert marked["circles"]["symbol"] == "circle-open" and marked["circles"]["points"] == len(growth.rows)
+    # The rings are gone, and never were in figures of other rows.
+    assert found["again"] == found["branch"] == 3 and "blocks" in found["page"]
+
+
+def test_zoom_and_keyboard(browse):
+    found = play(
+        browse,
+        html(detailed(27), title="t"),
+        """
+        const range = () => [...plot("forward").layout.xaxis.range];
+        const start = range();
+        // Drag over the middle third.
+        const box = one("#forward .nsewdrag"), r = box.getBoundingClientRect();
+        const fire = (target, type, part) => target.dispatchEvent(new MouseEvent(type, {
+          bubbles: true, cancelable: true, view: window, button: 0, buttons: 1,
+          clientX: r.left + part * r.width, clientY: r.top + r.height / 2,
+        }));
+        fire(box, "mousedown", 1 / 3);
+        for (const part of [0.4, 0.5, 0.6, 2 / 3]) fire(document, "mousemove", part);
+        fire(document, "mouseup", 2 / 3);
+        await wait(600);
+        const dragged = range();
+        await click("#reset");
+        const reset = range();
+        await press("forward", "ArrowRight", "ArrowRight", "ArrowDown");
+        const read = plot("forward").nextElementSibling.textContent;
+        await wait(200);
+        const hover = texts("#forward .hoverlayer text").join(" ");
+        await press("forward", "End");
+        const last = plot("forward").nextElementSibling.textContent;
+        await press("forward", "+");
+        const zoomed = range();
+        await press("forward", "0");
+        return { start, dragged, reset, read, hover, last, zoomed, home: range(),
+          focus: [...document.querySelectorAll(".figure")].map((x) => x.tabIndex),
+          live: plot("forward").nextElementSibling.getAttribute("aria-live") };
+        """,
+    )
+    a, b = found["start"]
+    assert 0 < a < 1 and 27 < b < 28 and found["reset"] == found["home"] == [a, b]
+    assert found["dragged"] == pytest.approx([a + (b - a) / 3, b - (b - a) / 3], abs=0.3)
+    assert found["read"].startswith("sum 2; sum; residual sums passed: 2") and "no normalization, He" in found["read"]
+    assert "sum 2" in found["hover"] and "no normalization, He" in found["hover"]
+    assert found["last"].startswith("sum 27;") and found["zoomed"][0] > 5
+    assert set(found["focus"]) == {0} and found["live"] == "polite"
+
+
+def test_the_table_is_folded_sorted_and_filtered(browse):
+    three = detailed(27)
+    found = play(
+        browse,
+        html(three, title="t"),
+        """
+        const folded = table();
+        await click("#rows tbody tr:nth-child(2) button");
+        const open = table().slice(0, 8), expanded = one("#rows tbody tr:nth-child(2) button").ariaExpanded;
+        await click("#rows tbody tr:nth-child(2) button");
+        const closed = table().length;
+        await click("#filters [name=fold]");
+        const flat = { rows: table(), page: one("#page").textContent };
+        await choose("#filters [name=kind]", "weight");
+        const heads = texts("#rows th");
+        const at = heads.indexOf("ratio") + 1;
+        await click(`#rows th:nth-child(${at}) button`);
+        const up = table().map((r) => r[at - 1]), sort = one(`#rows th:nth-child(${at})`).ariaSort;
+        await click("#next");
+        return { folded, open, expanded, closed, flat, up, sort, at, second: table().length, heads };
+        """,
+    )
+    assert len(found["folded"]) == found["closed"] == 3 * 28
+    assert found["folded"][1][4] == "sum 2 (4 rows)" and found["folded"][27][4] == "output"
+    assert found["expanded"] == "true"
+    assert [r[4] for r in found["open"][1:]] == [
+        "sum 2 (4 rows)", "layer_2/conv/kernel", "relu", "branch 2", "sum 2", "sum 3 (4 rows)", "sum 4 (4 rows)",
+    ]  # fmt: skip
+    assert len(found["flat"]["rows"]) == 100 and found["flat"]["page"] == "330 rows, page 1 of 4"
+    ratios = sorted(r.weight.ratio for p in three for r in p.select("weight"))
+    assert [float(x) for x in found["up"]] == pytest.approx(ratios[:100], 1e-3) and found["sort"] == "ascending"
+    assert len(ratios) == 81 == found["second"]
+    across = found["flat"]["rows"][1][found["heads"].index("variance across")]
+    assert re.fullmatch(r"examples \d+%, channels 30%, combinations \d+%, positions 5%", across)
+
+
+def test_a_narrow_page_does_not_scroll_sideways(browse):
+    three = detailed(4)
+    frame = '<iframe style="width:400px;height:5000px;border:0" srcdoc="@"></iframe>'
+    script = """<script>
+    const check = () => document.documentElement.dataset.state === "ready" ? parent.postMessage({
+      wide: document.scrollingElement.scrollWidth, room: innerWidth,
+      over: [...document.querySelectorAll("main *")].filter((x) => !x.closest(".scroll, svg") &&
+        x.getBoundingClientRect().right > innerWidth + 1).map((x) => x.outerHTML.slice(0, 80)),
+    }, "*") : setTimeout(check, 20);
+    check();
+    </script></body>"""
+    inner = html(three, title="t" * 200, predicted=[prediction(p) for p in three]).replace("</body>", script)
+    text = f"<!DOCTYPE html><body>{frame.replace('@', markup.escape(inner))}</body>"
+    found = seen(
+        browse(
+            text,
+            "--dump-dom",
+            script="""
+            addEventListener("message", ({ data }) => {
+              const seen = document.createElement("pre");
+              seen.id = "seen";
+              seen.textContent = JSON.stringify(data);
+              document.body.replaceChildren(seen);
+            });
+            """,
+        )
+    )
+    assert found["room"] == 400 == found["wide"] and found["over"] == [], found
 
 
 def test_a_lone_point_is_drawn_on_the_page(browse):
@@ -931,11 +1489,27 @@ def test_a_lone_point_is_drawn_on_the_page(browse):
 
 
 def test_injected_names_do_not_run(browse):
-    script = SEEN.replace("ACTIONS", 'click("input[name=kind][value=weight]"); await step();')
+    actions = """
+    click("input[name=kind][value=weight]");
+    await step();
+    const forward = document.getElementById("forward");
+    forward.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+    const said = forward.nextElementSibling.textContent;
+    if (said.split("onerror=window.evil=1>").length !== 5) throw Error(said); // name, scope, note, label
+    click("#notes a.of");
+    await step();
+    """
+    one = propagation(EVIL, 3, scope=EVIL)
+    one = dataclasses.replace(one, notes=(EVIL,), rows=tuple(dataclasses.replace(r, name=EVIL, note=EVIL) for r in one))
     text = html(
-        propagation(EVIL, 3, scope=EVIL), title=EVIL, training=[TrainingRun(EVIL, 0, (1,), (1.0,), (1,), (0.5,), 0.5)]
+        one,
+        title=EVIL,
+        predicted=dataclasses.replace(one, kind="predicted"),
+        training=[TrainingRun(EVIL, 0, (1,), (1.0,), (1,), (0.5,), 0.5)],
     )
-    for step in seen(browse(text, "--dump-dom", script=script)):
+    steps = seen(browse(text, "--dump-dom", script=SEEN.replace("ACTIONS", actions)))
+    assert len(steps) == 3
+    for step in steps:
         assert step["state"] == "ready" and step["evil"] is None and step["rows"][0][0] == EVIL
 
 

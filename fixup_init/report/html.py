@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,45 @@ from fixup_init.extras import require
 from fixup_init.files import replacing
 from fixup_init.plain import plain
 from fixup_init.plan import Plan
-from fixup_init.propagation import Comparison, Propagation, Row, Statistics
+from fixup_init.propagation import Comparison, Propagation, Statistics
 from fixup_init.report.drawing import svg
-from fixup_init.report.layout import number, positions, propagations, shape, spaced, title, words
+from fixup_init.report.layout import (
+    MARKS,
+    Pair,
+    mean_share,
+    noted,
+    number,
+    pairs,
+    plural,
+    positions,
+    shape,
+    spaced,
+    title,
+    verdicts_of,
+    words,
+)
 from fixup_init.report.records import TrainingRun
 from fixup_init.report.tree import plan_table, tree
 from fixup_init.structure import Structure
+from fixup_init.verdicts import Verdict
 
 __all__ = ["TrainingRun", "html", "structure_html", "write"]
 
 _CURVE = 1500  # points that a loss curve is thinned to
 _TREE, _TABLE = 110, 140  # columns of the structure tree, of the plan
-_FIELDS = ("kind", "name", "scope", "block", "shape", "dtype", "depth", "forward", "backward")
-_STATISTICS = ("mean", "variance", "second_moment", "squared_channel_mean", "finite")
+_STATISTICS = (
+    "mean", "variance", "second_moment", "squared_channel_mean", "channel_variance", "mean_share", "finite", "zeros",
+    "saturated", "example_cosine", "effective_rank", "example_share", "channel_share", "position_share",
+)  # fmt: skip
+_WEIGHT = ("parameter_norm", "gradient_norm", "ratio")
+_Values = Mapping[str, Sequence[float | None]]
 
 
 def html(
     comparison: Comparison | Propagation,
     *,
     title: str,
+    predicted: Propagation | Iterable[Propagation] | None = None,
     structure: Structure | None = None,
     training: Sequence[TrainingRun | Mapping[str, Any]] | None = None,
     table: Sequence[Mapping[str, Any]] | None = None,
@@ -43,8 +64,10 @@ def html(
     """One self-contained page with what a comparison shows.
 
     Args:
-      comparison: what `fi.compare` or `fi.analyze` returned.
+      comparison: what `fi.compare`, `fi.analyze` or `fi.predict` returned.
       title: heading of the page.
+      predicted: predictions, drawn dashed over what was measured; those in `comparison` are too. One belongs to the
+        propagation of its label, or to the only one, if they have the same rows.
       structure: of the model, as a picture and as a tree.
       training: runs to draw curves of, records or plain data.
       table: further results; each mapping is a row, its keys are the column titles (those of the first row count).
@@ -55,18 +78,23 @@ def html(
     Raises:
       ImportError: plotly or jinja2 is not installed.
     """
-    several = propagations(comparison)
+    several = pairs(comparison, predicted)
+    texts = _Texts()
+    found = [verdicts_of(pair) for pair in several]
     runs = [run if isinstance(run, TrainingRun) else TrainingRun.from_dict(run) for run in training or ()]
     return _environment().get_template("report.html.jinja").render(
         title=title,
-        verdicts=[_verdict(one) for one in several],
+        cards=[_card(pair, of) for pair, of in zip(several, found, strict=True)],
+        notes=[
+            {"run": k, "label": pair.own.label, "about": note, "rows": rows, "count": plural(len(rows), "row")}
+            for k, pair in enumerate(several) for note, rows in noted(pair)
+        ],
         **_structure(structure, None),
         runs=_summaries(runs),
         table=_table(table or ()),
         data=plain({
-            "fields": _FIELDS,
-            "statistics": _STATISTICS,
-            "propagations": [_propagation(one) for one in several],
+            "propagations": [_propagation(pair, texts) for pair in several],
+            "texts": list(texts.index),
             "runs": [_run(run) for run in runs],
         }),
         plotly=require("plotly.offline", "report").get_plotlyjs(),
@@ -129,42 +157,95 @@ def _structure(structure: Structure | None, plan: Plan | None) -> dict[str, str]
     }
 
 
-def _verdict(one: Propagation) -> dict[str, Any]:
+class _Texts:
+    """Texts by number, so that each is written once."""
+
+    def __init__(self) -> None:
+        self.index: dict[str, int] = {}
+
+    def __call__(self, text: str) -> int:
+        return self.index.setdefault(text, len(self.index))
+
+
+def _card(pair: Pair, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """What stands on top of the page about one propagation."""
+    one = pair.own
     drifts = [one.drift(direction) for direction in ("forward", "backward")]
+    about = f"{one.model}, L = {one.num_branches}"
+    if one.kind == "predicted":
+        about += "; predicted from shapes and the plan"
+    elif any(r.backward is not None for r in one):
+        about += f"; gradients from {'a random probe at the ' if one.probe in _PROBES else ''}{one.probe}"
     return {
         "label": one.label,
-        "about": f"{one.model}, L = {one.num_branches}; gradients from a random probe at the {one.probe}",
+        "about": about,
         "drifts": [
             {"direction": d.direction, "verdict": d.verdict, "words": words(one, d), "first": number(d.first),
              "last": number(d.last)}
             for d in drifts
         ],
-        "summary": one.summary(),
+        "verdicts": [
+            {"mark": MARKS[v.severity], "severity": v.severity, "text": v.text, "advice": v.advice,
+             "rows": list(v.rows), "count": plural(len(v.rows), "row")}
+            for v in verdicts
+        ],
+        "notes": pair.notes,
     }  # fmt: skip
 
 
-def _propagation(one: Propagation) -> dict[str, Any]:
+_PROBES = ("output", "input of the head")
+
+
+def _propagation(pair: Pair, texts: _Texts) -> dict[str, Any]:
+    """Columns of numbers; texts by their number in `texts`; columns without any value are left out."""
+    one, rows = pair.own, pair.own.rows
+    other = pair.predicted.rows if pair.predicted is not None else ()
+    weights = {name: [None if r.weight is None else getattr(r.weight, name) for r in rows] for name in _WEIGHT}
     return {
         "label": one.label,
+        "source": one.kind,
+        "paired": pair.predicted is not None,
         "stream": one.stream[0].kind if one.stream else "",
         "words": {d: words(one, one.drift(d)) for d in ("forward", "backward")},
-        "rows": [_row(row, depth) for row, depth in zip(one.rows, positions(one), strict=True)],
+        "rows": {
+            "kind": [texts(r.kind) for r in rows],
+            "name": [texts(title(r)) for r in rows],
+            "scope": [texts(r.scope) for r in rows],
+            "shape": [texts(shape(r.shape)) for r in rows],
+            "dtype": [texts(r.dtype) for r in rows],
+            "note": [texts(pair.note(row, predicted)) for row, predicted in pair.rows],
+            "block": [r.block for r in rows],
+            "depth": [round(depth, 3) for depth in positions(one)],
+        },
+        "forward": _columns([r.forward for r in rows]),
+        "backward": _columns([r.backward for r in rows]),
+        "weight": _known(weights),
+        "predicted_forward": _columns([r.forward for r in other]),
+        "predicted_backward": _columns([r.backward for r in other]),
     }
 
 
-def _row(row: Row, depth: float) -> list[Any]:
-    """In the order of `_FIELDS`."""
-    return [
-        row.kind, title(row), row.scope, row.block, shape(row.shape), row.dtype, round(depth, 4),
-        _numbers(row.forward), _numbers(row.backward),
-    ]  # fmt: skip
+def _columns(found: Sequence[Statistics | None]) -> _Values:
+    return _known({name: [None if s is None else _statistic(s, name) for s in found] for name in _STATISTICS})
 
 
-def _numbers(s: Statistics | None) -> list[float] | None:
-    """In the order of `_STATISTICS`; six digits are more than any figure shows."""
-    if s is None:
+def _statistic(s: Statistics, name: str) -> float:
+    return mean_share(s) if name == "mean_share" else getattr(s, name)
+
+
+def _known(columns: _Values) -> _Values:
+    """Columns that hold a number; infinities as the largest float, since JSON has none; five digits."""
+    rounded = {name: [_rounded(x) for x in values] for name, values in columns.items()}
+    return {name: values for name, values in rounded.items() if any(x is not None for x in values)}
+
+
+def _rounded(x: float | None) -> float | None:
+    if x is None or math.isnan(x):
         return None
-    return [float(f"{getattr(s, name):.6g}") for name in _STATISTICS]
+    if math.isinf(x):
+        return math.copysign(sys.float_info.max, x)
+    short = float(f"{x:.5g}")
+    return int(short) if short.is_integer() and abs(short) < 1e6 else short
 
 
 def _run(run: TrainingRun) -> dict[str, Any]:

@@ -10,12 +10,16 @@ import shutil
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Literal
 
-from fixup_init.propagation import Comparison, Direction, Drift, Propagation, Row, Statistics
+from fixup_init.propagation import Direction, Drift, Propagation, Row, Statistics
+from fixup_init.verdicts import Verdict, verdicts
 
 __all__ = [
-    "Line", "Run", "fold", "line", "merged", "number", "plural", "positions", "propagations", "render", "selection",
-    "shape", "spaced", "statistics", "terminal_width", "title", "unit", "words",
+    "MARKS", "Line", "Pair", "Run", "axes_words", "fold", "line", "mean_share", "merged", "noted", "number", "pairs",
+    "percent", "plural", "positions", "propagations", "render", "selection", "shape", "spaced", "state", "statistics",
+    "terminal_width", "title", "unit", "verdicts_of", "words",
 ]  # fmt: skip
+
+MARKS = {"error": "✖", "warning": "▲", "note": "●"}  # of a verdict, the gravest first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +154,97 @@ def statistics(row: Row, direction: Direction) -> Statistics | None:
     return row.forward if direction == "forward" else row.backward
 
 
-def propagations(data: Comparison | Propagation) -> tuple[Propagation, ...]:
-    """One or several, as several."""
+def propagations(data: Propagation | Iterable[Propagation] | None) -> tuple[Propagation, ...]:
+    """None, one or several, as several."""
+    if data is None:
+        return ()
     return (data,) if isinstance(data, Propagation) else tuple(data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A propagation and the prediction that belongs to it, row for row.
+
+    Attributes:
+      own: what is shown; a prediction where nothing measured belongs to it.
+      predicted: its prediction, if there is one.
+    """
+
+    own: Propagation
+    predicted: Propagation | None = None
+
+    @property
+    def rows(self) -> list[tuple[Row, Row | None]]:
+        """Each row with its prediction."""
+        if self.predicted is None:
+            return [(row, None) for row in self.own.rows]
+        return list(zip(self.own.rows, self.predicted.rows, strict=True))
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know about the whole."""
+        found = list(self.own.notes)
+        if hidden := self.own.unmeasured:
+            names = ", ".join(hidden[:4]) + (f" and {len(hidden) - 4} more" if len(hidden) > 4 else "")
+            found.append(f"Not measured, inside of a conditional or shard_map, which runs as a whole: {names}.")
+        if self.predicted is None:
+            return found
+        found += [f"Prediction: {note}" for note in self.predicted.notes]
+        if self.own.probe != self.predicted.probe:
+            found.append(
+                f"The measured gradients start at the {self.own.probe}, the predicted ones at the "
+                f"{self.predicted.probe}: they cannot be compared."
+            )
+        return found
+
+    def note(self, row: Row, predicted: Row | None) -> str:
+        """What to know about a row: of the measurement, then of the prediction."""
+        return "; ".join(dict.fromkeys(n for n in (row.note, predicted.note if predicted else "") if n))
+
+
+def pairs(
+    data: Propagation | Iterable[Propagation], predicted: Propagation | Iterable[Propagation] | None = None
+) -> tuple[Pair, ...]:
+    """Propagations with the predictions that belong to them.
+
+    A prediction belongs to the measured propagation that has its label (or its label without an end ", predicted") and
+    the same rows; where only one of each is given, the rows are enough. A prediction that belongs to none stands alone.
+
+    Args:
+      data: what `fi.analyze`, `fi.compare` or `fi.predict` returned.
+      predicted: predictions for them, beside those in `data`.
+    """
+    given = propagations(data)
+    own = [one for one in given if one.kind == "measured"]
+    waiting = [one for one in (*given, *propagations(predicted)) if one.kind == "predicted"]
+    lone = len(own) == len(waiting) == 1
+    found = []
+    for one in own:
+        rows = [_identity(r) for r in one.rows]
+        names = {one.label, f"{one.label}, predicted"}
+        fits = (p for p in waiting if (lone or p.label in names) and [_identity(r) for r in p.rows] == rows)
+        mine = next(fits, None)
+        waiting = [p for p in waiting if p is not mine]
+        found.append(Pair(one, mine))
+    return (*found, *map(Pair, waiting))
+
+
+def _identity(row: Row) -> tuple[Hashable, ...]:
+    return row.kind, row.name, row.repeat
+
+
+def verdicts_of(pair: Pair) -> tuple[Verdict, ...]:
+    """The verdicts on a propagation, the gravest first."""
+    return verdicts(pair.own, pair.predicted)
+
+
+def noted(pair: Pair) -> list[tuple[str, list[int]]]:
+    """Each note once, with the indices of its rows."""
+    found: dict[str, list[int]] = {}
+    for k, (row, predicted) in enumerate(pair.rows):
+        if note := pair.note(row, predicted):
+            found.setdefault(note, []).append(k)
+    return list(found.items())
 
 
 def positions(propagation: Propagation) -> list[float]:
@@ -194,23 +286,58 @@ class Line:
 def line(propagation: Propagation, direction: Direction) -> Line:
     """The stream of a propagation in one direction."""
     points = [(k, s) for k, r in enumerate(propagation.stream, 1) if (s := statistics(r, direction)) is not None]
-    state = [(k, s.second_moment, _state(s)) for k, s in points]
+    known = [(k, s.second_moment, how) for k, s in points if (how := state(s)) != "unknown"]
     drift = propagation.drift(direction)
     return Line(
         label=propagation.label,
         words=words(propagation, drift),
-        x=tuple(k for k, _, _ in state),
-        y=tuple(m if how == "number" else math.nan for _, m, how in state),
-        zeros=tuple(k for k, _, how in state if how == "zero"),
-        overflows=tuple(k for k, _, how in state if how == "overflow"),
+        x=tuple(k for k, _, _ in known),
+        y=tuple(m if how == "number" else math.nan for _, m, how in known),
+        zeros=tuple(k for k, _, how in known if how == "zero"),
+        overflows=tuple(k for k, _, how in known if how == "overflow"),
         where=drift.where,
     )
 
 
-def _state(s: Statistics) -> Literal["number", "zero", "overflow"]:
-    if s.finite < 1 or not math.isfinite(s.second_moment):
+def state(s: Statistics) -> Literal["number", "zero", "overflow", "unknown"]:
+    """What the second moment is."""
+    if s.finite < 1 or math.isinf(s.second_moment):
         return "overflow"
+    if math.isnan(s.second_moment):
+        return "unknown"
     return "number" if s.second_moment > 0 else "zero"
+
+
+def mean_share(s: Statistics) -> float:
+    """The squared channel means as a share of the second moment; NaN where that is zero or not known."""
+    return s.squared_channel_mean / s.second_moment if s.second_moment else math.nan
+
+
+def percent(x: float | None) -> str:
+    """A share as a whole percentage; a dash for what is not known.
+
+    Example:
+      >>> percent(0.123), percent(0.004), percent(0.0), percent(float("nan"))
+      ('12%', '<1%', '0%', '–')
+    """
+    if x is None or x != x:
+        return "–"
+    return "<1%" if 0 < x < 0.005 else f"{100 * x:.0f}%"
+
+
+def axes_words(s: Statistics) -> str:
+    """Which axes the variance lies across, the largest share first; '' where none is known.
+
+    Example:
+      >>> axes_words(Statistics(0.0, 1.0, 0.2, example_share=0.25, channel_share=0.5))
+      'channels 50%, examples 25%, combinations 25%'
+    """
+    shares = (("examples", s.example_share), ("channels", s.channel_share), ("positions", s.position_share))
+    known = [x for x in shares if x[1] == x[1]]
+    if not known:
+        return ""
+    known.append(("combinations", max(0.0, 1 - sum(x for _, x in known))))
+    return ", ".join(f"{name} {percent(x)}" for name, x in sorted(known, key=lambda x: -x[1]))
 
 
 def spaced(count: int, at_most: int) -> list[int]:
@@ -239,7 +366,7 @@ def selection(propagation: Propagation, at_most: int) -> list[Row]:
     chosen |= {id(r) for r in propagation.select("input", "output")}
     for direction in ("forward", "backward"):
         rows = stream if direction == "forward" else stream[::-1]
-        bad = [r for r in rows if (s := statistics(r, direction)) is not None and _state(s) != "number"]
+        bad = [r for r in rows if (s := statistics(r, direction)) is not None and state(s) in ("zero", "overflow")]
         chosen |= {id(r) for r in bad[:1]}
     return [r for r in propagation.rows if id(r) in chosen]
 

@@ -1,0 +1,392 @@
+"""`fi.predict`: the drift that theory predicts, from shapes and a plan; no data, no parameters, no arrays."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fixup_init import jaxprs, moments, schemes, taps
+from fixup_init.frameworks import ModelError
+from fixup_init.graph import Leaf, ancestors
+from fixup_init.jaxprs import Op
+from fixup_init.moments import Interpreter, Node, Normalization, Value
+from fixup_init.plan import Entry, Plan
+from fixup_init.propagation import Propagation, Row, Statistics
+from fixup_init.quadrature import Quantile
+from fixup_init.schemes import Scheme
+from fixup_init.structure import of_trace
+from fixup_init.tracing import Traced, check_normalization, trace, uncollected, without_normalization
+
+__all__ = ["predict"]
+
+Probe = Literal["auto", "output", "head"]
+
+
+def predict(
+    model: Any,
+    *args: Any,
+    scheme: str | Scheme | Plan = "fixup",
+    normalization: str = "kept",
+    probe: Probe = "auto",
+    label: str | None = None,
+    **kwargs: Any,
+) -> Propagation:
+    """Predicts how a signal and its cotangent drift through a model, in expectation over parameters, data and probe.
+
+    Rows are those of `fi.analyze`, one by one. An operation without a rule is named in the note of every row behind it
+    ("unknown: ..."), whose figures are None; what is approximate says so and why. Nothing is allocated but what the
+    program holds as a constant.
+
+    Args:
+      model: a Flax Linen module, a Flax NNX module or `fi.Function(apply, params)`.
+      *args: the model's own arguments; a `jax.ShapeDtypeStruct` stands for standard normal data (floating) or uniform
+        integers of that shape; of an array its first two moments are taken.
+      scheme: a name, a scheme object or a `Plan`; where the model's own initializers decide, their program is read.
+      normalization: "kept", or "removed" to bypass every normalization.
+      probe: where the backward pass starts, with a standard normal cotangent: "output", "head" (the input of the head)
+        or "auto" (the input of the head where its kernel is zero, else the output).
+      label: name of the result; the model's name by default.
+      **kwargs: the model's own keyword arguments.
+
+    Returns:
+      A `Propagation` of kind "predicted". Its variances are over weights, data and entries; `squared_channel_mean` is
+      what examples and positions have in common; other figures are NaN.
+
+    Raises:
+      ModelError: the model cannot be traced on these inputs.
+      StructureError: the scheme depends on something that the graph leaves open.
+      ValueError: the scheme is not known, or a given plan does not fit the model.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, fixup_init as fi
+      >>> from fixup_init.models.resnet import cifar_resnet
+      >>> from fixup_init.predict import predict
+      >>> x = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
+      >>> predict(cifar_resnet(20, norm="none"), x, scheme="he").drift("forward").verdict
+      'grows'
+
+    References:
+      Schoenholz et al. 2017 (arXiv:1611.01232), Xiao et al. 2018 (arXiv:1806.05393), Yang et al. 2019
+      (arXiv:1902.08129).
+    """
+    check_normalization(normalization)
+    if probe not in ("auto", "output", "head"):
+        raise ValueError(f"probe={probe!r}: expected 'auto', 'output' or 'head'.")
+    with uncollected():
+        traced = trace(model, args, kwargs)
+        planned = scheme if isinstance(scheme, Plan) else schemes.find(scheme).plan(of_trace(traced))
+        if normalization == "removed":
+            traced = without_normalization(traced)
+            if not isinstance(scheme, Plan):
+                planned = schemes.find(scheme).plan(of_trace(traced))
+        return of_plan(traced, planned, probe, label or traced.application.name)
+
+
+def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagation:
+    """The prediction for a traced model whose parameters a plan draws."""
+    graph = traced.graph
+    program = graph.program
+    placed = taps.place(traced)
+    made = program.made() | set(graph.inputs)
+    tapped = [t for t in placed if t.value in made]
+    hidden = dict.fromkeys(t.name for t in placed if t.value not in made and t.kind in ("weight", "sum"))
+    structure = of_trace(traced)
+    parameters = _leaves(traced, planned)
+    starts, probe_name = _starts(traced, set(structure.heads), parameters, probe)
+    machine = Interpreter(program, _rows_of_tables(traced), {t.value for t in tapped} | set(starts))
+    machine.is_weight = graph.is_parameter
+    machine.is_activation = graph.is_activation
+    machine.env.update(parameters)
+    machine.env.update(_data(traced, machine))
+    _install(traced, machine)
+    for v in graph.inputs:
+        value = machine.env[v]
+        node = None
+        if not value.unknown and jnp.issubdtype(program.dtype(v), jnp.inexact):
+            node = Node(next(machine.nodes), value.shape, [])
+            value.slopes = {node: [(moments.ones(value.rank), {})]}
+        machine.tapped[v, ()] = (node, value)
+    machine.run(program.ops)
+    cotangents = _backward(machine, starts)
+    broken = _broken(traced, machine, starts)
+    channels = _channels(graph, tapped)
+    rows: list[Row] = []
+    sums = 0
+    counted: set[tuple[int, tuple[int, ...]]] = set()
+    for tap, at in taps.unrolled(tapped):
+        if tap.kind == "sum" and (tap.value, at) not in counted:
+            counted.add((tap.value, at))
+            sums += 1
+        node, value = machine.tapped.get((tap.value, at), (None, moments.unknown((), "unknown: it was not reached")))
+        forward = backward = None
+        notes = set(value.notes)
+        if value.unknown:
+            notes = {value.unknown}
+        else:
+            forward = _forward(machine, value, channels[tap.value])
+            if not math.isfinite(forward.second_moment):
+                forward, notes = None, {"unknown: its moments are not finite"}
+            if forward is None:
+                pass
+            elif graph.node_of[tap.value] in broken:
+                notes.add("backward " + broken[graph.node_of[tap.value]])
+            elif node is not None and node in cotangents:
+                backward = _statistics(np.zeros(()), cotangents[node], node.shape, channels[tap.value])
+                if not math.isfinite(backward.variance):
+                    backward = None
+                    notes.add("backward unknown: a rule was not found on the way")
+            elif node is not None:  # no way leads here, or one that is zero
+                backward = Statistics(0.0, 0.0, 0.0)
+        rows.append(
+            Row(
+                tap.kind, tap.name, tap.scope, sums, program.shape(tap.value), str(program.dtype(tap.value)),
+                at[-1] if at else None, forward, backward, note="; ".join(sorted(notes)),
+            )
+        )  # fmt: skip
+    return Propagation(
+        label, traced.application.name, structure.num_branches, tuple(rows), probe_name, tuple(hidden), "predicted"
+    )
+
+
+def _backward(machine: Interpreter, starts: Sequence[int]) -> dict[Node, np.ndarray]:
+    found: dict[Node, np.ndarray] = {}
+    for v in starts:
+        node, value = machine.tapped.get((v, ()), (None, None))
+        if node is None or value is None:
+            continue
+        lattice = np.zeros((2,) * value.rank + (1,) * value.rank)
+        lattice[(0,) * value.rank] = 1.0
+        lattice = moments.settled(lattice, value.shape)
+        found[node] = found[node] + lattice if node in found else lattice
+    return moments.pull_back(found)
+
+
+def _broken(traced: Traced, machine: Interpreter, starts: Sequence[int]) -> dict[int, str]:
+    """Nodes from which a value that is not known leads to where the backward pass starts, and why it is not."""
+    graph = traced.graph
+    before = ancestors(graph, [graph.node_of[v] for v in starts]) or set()
+    found: dict[int, str] = {}
+    for v, node in graph.node_of.items():
+        value = machine.env.get(v)
+        if node in found or node not in before or value is None:
+            continue
+        if value.unknown and moments.INSIDE not in value.unknown:
+            for above in ancestors(graph, [node]) or ():
+                found.setdefault(above, value.unknown)
+    return found
+
+
+def _forward(machine: Interpreter, value: Value, channel: int) -> Statistics:
+    mean, second = machine.moments(value)
+    return _statistics(mean, second, value.shape, channel)
+
+
+def _statistics(mean: np.ndarray, second: np.ndarray, shape: tuple[int, ...], channel: int) -> Statistics:
+    rank = len(shape)
+    q = float(second[(0,) * rank].mean())
+    m = float(np.mean(mean))
+    others = [a for a in range(rank) if a != channel % max(rank, 1)]
+    n = math.prod(shape[a] for a in others)
+    by_channel = float(moments.total(second, others, shape)[0].mean()) / n**2 if rank else q
+    return Statistics(m, max(q - m * m, 0.0), min(max(by_channel, 0.0), q))
+
+
+def _channels(graph: Any, tapped: Sequence[taps.Tap]) -> dict[int, int]:
+    """The axis of channels of each tapped value."""
+    found = {}
+    for v, layout in taps.layouts(graph, tuple(tapped)).items():
+        found[v] = layout.channel if layout.channel is not None else len(graph.program.shape(v)) - 1
+    return found
+
+
+def _rows_of_tables(traced: Traced) -> int:
+    layers = traced.graph.layers.values()
+    tables = [layer.leaves[0] for layer in layers if layer.kind == "embedding"]
+    return min((traced.graph.leaves[t].shape[0] for t in tables), default=2)
+
+
+# --- what parameters, state and data are ----------------------------------------------------------------------------
+
+_DRAWN = 1 << 22  # entries of a leaf that is drawn where the program of its initializer is not understood
+
+
+def _leaves(traced: Traced, planned: Plan) -> dict[int, Value]:
+    """Parameters, running statistics and keys."""
+    graph, application = traced.graph, traced.application
+    entries = {e.path: e for e in planned.entries}
+    leaves = [(v, leaf) for v, leaf in graph.leaves.items() if leaf.kind in ("param", "state")]
+    paths = {leaf.path for _, leaf in leaves if leaf.kind == "param"}
+    if paths != set(entries):
+        odd = sorted(paths ^ set(entries))
+        raise ValueError(
+            f"The plan does not fit {application.name}: {len(odd)} paths are in one and not in the other, first "
+            f"{odd[0]!r}. Make the plan with fi.plan on this model and these inputs."
+        )
+    used = {v for op in graph.program.ops for v in op.inputs} | set(graph.program.outputs)
+    own = [k for k, (v, leaf) in enumerate(leaves)
+           if v in used and (leaf.kind == "state" or entries[leaf.path].distribution == "model")]  # fmt: skip
+    found: dict[int, Value] = {}
+    for k, value in zip(own, _own(traced, [leaf for _, leaf in leaves], own), strict=True):
+        found[leaves[k][0]] = value
+    for v, leaf in leaves:
+        if v not in found:
+            found[v] = _planned(leaf, entries[leaf.path]) if leaf.kind == "param" and leaf.path in entries else (
+                moments.unknown(leaf.shape, f"unknown: `{leaf.path}`")
+            )  # fmt: skip
+    for v, leaf in graph.leaves.items():
+        if leaf.kind == "noise":
+            found[v] = moments.known(leaf.shape, np.zeros((1,) * len(leaf.shape)))
+    return found
+
+
+def _planned(leaf: Leaf, entry: Entry) -> Value:
+    if entry.distribution == "constant":
+        assert entry.value is not None
+        return moments.known(leaf.shape, np.full((1,) * len(leaf.shape), entry.value))
+    if entry.std is None:
+        return moments.unknown(leaf.shape, f"unknown: the plan says nothing of `{entry.path}`")
+    quantile = Quantile.uniform() if entry.distribution == "uniform" else None
+    return moments.of_source(moments.gaussian(leaf.shape, entry.std**2, quantile=quantile))
+
+
+def _own(traced: Traced, leaves: Sequence[Leaf], own: Sequence[int]) -> list[Value]:
+    """Leaves that the model's own initializers make: their program is evaluated in the moments domain."""
+    if not own:
+        return []
+    application = traced.application
+    wanted = [k in set(own) for k in range(len(leaves))]
+
+    def initial(key: Any) -> list[Any]:
+        return [x for x in application.initial(key, wanted) if x is not None]
+
+    try:
+        closed, _ = jaxprs.jaxpr_of(initial, jax.eval_shape(lambda: jax.random.key(0)))
+    except (ModelError, jax.errors.JAXTypeError, TypeError) as error:
+        del error
+        return [moments.unknown(leaves[k].shape, f"unknown: the model's own `{leaves[k].path}`") for k in own]
+    program = jaxprs.flatten(closed)
+    machine = Interpreter(program)
+    for v in program.inputs:
+        machine.env[v] = moments.known(program.shape(v), np.zeros((1,) * len(program.shape(v))))
+    machine.run(program.ops)
+    found = []
+    for k, v in zip(own, program.outputs, strict=True):
+        value = machine.read(v)
+        if v in program.constants:
+            value = _held(np.asarray(program.constants[v]))
+        elif value.unknown and math.prod(leaves[k].shape) <= _DRAWN:
+            one = application.initial(jax.random.key(0), [j == k for j in range(len(leaves))])[k]
+            value = _held(np.asarray(one))
+        found.append(value)
+    return found
+
+
+def _held(array: np.ndarray) -> Value:
+    """An array that a model holds: independent entries, unless it has a mean or a pattern."""
+    if array.dtype == object or array.dtype.kind not in "fiub":
+        try:
+            array = array.astype(np.float32)
+        except (TypeError, ValueError):
+            return moments.unknown(array.shape, "unknown: a parameter that holds no real numbers")
+    wide = array.astype(np.float64)
+    random = wide.ndim >= 2 and wide.size >= 64 and len(np.unique(wide.ravel()[:4096])) > 32
+    if random and abs(wide.mean()) < 5 * wide.std() / math.sqrt(wide.size):
+        return moments.of_source(moments.gaussian(array.shape, float(np.square(wide).mean())))
+    return moments.known(array.shape, array)
+
+
+def _data(traced: Traced, machine: Interpreter) -> dict[int, Value]:
+    """The inputs."""
+    graph, inputs = traced.graph, traced.application.inputs
+    given = dict(zip(inputs.names, inputs.arrays, strict=True))
+    found: dict[int, Value] = {}
+    for v in graph.inputs:
+        array, shape = given[graph.leaves[v].path], graph.program.shape(v)
+        if not isinstance(array, jax.ShapeDtypeStruct):
+            found[v] = _given(np.asarray(array), machine)
+        elif jnp.issubdtype(array.dtype, jnp.complexfloating):
+            found[v] = moments.unknown(shape, "unknown: complex numbers")
+        elif jnp.issubdtype(array.dtype, jnp.floating):
+            found[v] = moments.of_source(moments.gaussian(shape, 1.0))
+        elif array.dtype == jnp.bool_:
+            found[v] = moments.known(shape, np.ones((1,) * len(shape), bool))
+        else:
+            found[v] = _indices(shape, machine.rows)
+    return found
+
+
+def _given(array: np.ndarray, machine: Interpreter) -> Value:
+    if array.dtype.kind in "iu":
+        return moments.known(array.shape, array)
+    if array.dtype.kind == "b" or array.size <= 1:
+        return moments.known(array.shape, array)
+    del machine
+    wide = array.astype(np.float64)
+    return moments.of_source(moments.fixed(array.shape, wide))
+
+
+def _indices(shape: tuple[int, ...], rows: int) -> Value:
+    variance = (rows * rows - 1) / 12
+    value = moments.of_source(moments.gaussian(shape, max(variance, 1e-12), (rows - 1) / 2, Quantile.uniform()))
+    value.rows = rows
+    return value
+
+
+# --- where the walk does something of its own -----------------------------------------------------------------------
+
+
+def _install(traced: Traced, machine: Interpreter) -> None:
+    graph = traced.graph
+    program = graph.program
+    first = len(graph.inputs)
+    for norm in traced.norms:
+        ops = [program.ops[n - first] for n in sorted(norm.region) if n >= first]
+        if norm.form != "train" or not ops:
+            continue
+        region = Normalization(norm.source, norm.axes, program.shape(norm.source), ops[0])
+        for op in ops:
+            machine.instead.setdefault(id(op), functools.partial(region, machine))
+
+    def inside(op: Op) -> list[Value]:
+        return [moments.unknown(program.shape(v), f"unknown: {moments.INSIDE}") for v in op.outputs]
+
+    for found in moments.softmaxes(program):
+        for op in found.inside:
+            machine.instead.setdefault(id(op), inside)
+
+        def weights(op: Op, found: moments.Softmax = found) -> list[Value]:
+            del op
+            return [moments.softmax(machine, machine.read(found.source), found.axes)]
+
+        machine.instead[id(found.end)] = weights
+
+
+def _starts(
+    traced: Traced, heads: set[str], parameters: Mapping[int, Value], probe: Probe
+) -> tuple[tuple[int, ...], str]:
+    """Values at which the backward pass starts, and what to call them: as `fi.analyze` has it."""
+    graph = traced.graph
+    program = graph.program
+    outputs = tuple(
+        v for v in dict.fromkeys(program.outputs)
+        if graph.is_activation(v) and jnp.issubdtype(program.dtype(v), jnp.inexact)
+    )  # fmt: skip
+    nodes = [n for n, layer in graph.layers.items() if layer.path in heads and layer.kind != "embedding"]
+    if probe == "output" or not nodes:
+        return outputs, "output"
+    if probe == "auto":
+        kernels = [parameters[v] for n in nodes for v in graph.layers[n].leaves]
+        if any(k.unknown or k.terms for k in kernels):
+            return outputs, "output"
+    before = []
+    for n in nodes:
+        op = graph.op(n)
+        assert op is not None
+        before.extend(v for v in op.inputs if graph.is_activation(v))
+    return tuple(dict.fromkeys(before)), "input of the head"
