@@ -76,7 +76,7 @@ def limits(graph: Graph, nonlinearity: Nonlinearity) -> tuple[float, float] | No
 
 
 _LIMITS: dict[Any, tuple[float, float] | None] = {}
-_FAR = (-1e6, -1e4, 1e4, 1e6)
+_FAR = (-6e4, -1e4, 1e4, 6e4)  # numbers of every dtype
 
 
 def _limits(graph: Graph, nonlinearity: Nonlinearity, formula: list[Op]) -> tuple[float, float] | None:

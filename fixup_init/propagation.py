@@ -6,11 +6,16 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterator
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fixup_init.plain import plain
+
+if TYPE_CHECKING:
+    from fixup_init.verdicts import Verdict
 
 __all__ = ["Comparison", "Drift", "Propagation", "Row", "Statistics", "Weight"]
 
@@ -121,8 +126,9 @@ class Drift:
       last: where it ends.
       factor: the growth a block, the median over blocks (a stage that changes the width is one of many); None where it
         is not defined.
-      verdict: "flat" (all within a factor of 2, or within 16 and unchanged by most blocks), "bounded" (the end within 4
-        of the start, or within 100 and less than 1.25 a block), "grows", "vanishes", "overflows" or "zero".
+      verdict: "flat" (all within a factor of 2, or within 16 and unchanged by most blocks), "bounded" (the end within
+        16 of the start, or the factor of a block within 16 over all blocks: linear growth), "grows", "vanishes",
+        "overflows" or "zero".
       where: name of the row in which it overflows or becomes zero, if it does.
     """
 
@@ -179,8 +185,10 @@ class Propagation:
         """The trend of the stream."""
         rows = self.stream if direction == "forward" else self.stream[::-1]
         measured = [
-            (_place(r), s) for r in rows if (s := r.forward if direction == "forward" else r.backward) is not None
-        ]
+            (_place(r), s) for r in rows
+            if (s := r.forward if direction == "forward" else r.backward) is not None
+            and (s.finite < 1 or s.second_moment == s.second_moment)
+        ]  # fmt: skip
         if not measured:
             return Drift(direction, 0, math.nan, math.nan, None, "zero")
         first, last = measured[0][1].second_moment, measured[-1][1].second_moment
@@ -195,7 +203,7 @@ class Propagation:
         factor = statistics.median(b / a for a, b in itertools.pairwise(moments)) if blocks else 1.0
         if spread <= 2 or (spread <= 16 and abs(factor - 1) <= 0.01):
             verdict = "flat"
-        elif max(ratio, 1 / ratio) <= 4 or (max(ratio, 1 / ratio) <= 100 and 1 / 1.25 < factor < 1.25):
+        elif min(abs(math.log(ratio)), blocks * abs(math.log(factor))) <= math.log(16):
             verdict = "bounded"
         else:
             verdict = "grows" if ratio > 1 else "vanishes"
@@ -234,10 +242,34 @@ class Propagation:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"This is no Propagation: {error}. Write one with Propagation.to_dict().") from error
 
-    def __str__(self) -> str:
+    def verdicts(self, predicted: Propagation | None = None) -> tuple[Verdict, ...]:
+        """What the rows show, worst first; see `fi.verdicts`."""
+        from fixup_init.verdicts import verdicts
+
+        return verdicts(self, predicted)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as flat dictionaries, for `pandas.DataFrame`."""
+        from fixup_init.report.table import records
+
+        return records(self)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the records as CSV."""
+        from fixup_init.report.table import to_csv
+
+        return to_csv(self, path)
+
+    def table(
+        self, *, all_rows: bool = False, predicted: Propagation | None = None, width: int | None = None
+    ) -> str:
+        """The rows as text: blocks that are alike folded, or all; measured beside predicted."""
         from fixup_init.report.text import propagation_table
 
-        return propagation_table(self)
+        return propagation_table(self, all_rows=all_rows, width=width, predicted=predicted)
+
+    def __str__(self) -> str:
+        return self.table()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +294,31 @@ class Comparison:
         """A paragraph for each."""
         return "\n".join(f"{one.label}: {one.summary()}" for one in self.propagations)
 
+    def records(self) -> list[dict[str, Any]]:
+        """The rows of all as flat dictionaries, for `pandas.DataFrame`."""
+        from fixup_init.report.table import records
+
+        return records(self)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the records as CSV."""
+        from fixup_init.report.table import to_csv
+
+        return to_csv(self, path)
+
     def to_dict(self) -> dict[str, Any]:
         return {"version": _VERSION, "propagations": [one.to_dict() for one in self.propagations]}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Comparison:
+        """The comparison in plain data.
+
+        Raises:
+          ValueError: it is none, or of another schema version.
+        """
+        if not isinstance(data, dict) or "propagations" not in data:
+            raise ValueError("This is no Comparison: expected `propagations`. Write one with Comparison.to_dict().")
+        return Comparison(tuple(Propagation.from_dict(one) for one in data["propagations"]))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)

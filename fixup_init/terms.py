@@ -275,7 +275,7 @@ def is_gated(streams: Streams, value: int) -> bool:
     graph = streams.graph
     while (op := graph.op(graph.node_of[value])) is not None and op.primitive in COPIES:
         value = op.inputs[0]
-    if op is None or op.primitive is not p.mul_p:
+    if op is None or op.primitive is not p.mul_p or graph.node_of[value] in streams.normed:
         return False
     nodes = [graph.node_of.get(v) for v in op.inputs]
     return all(n in streams.weighted for n in nodes) and len({_formula(graph, n) for n in nodes if n is not None}) > 1

@@ -92,10 +92,10 @@ def test_inspect_writes_a_page(folder: pathlib.Path) -> None:
     assert sorted(p.name for p in (folder / "pages").iterdir()) == ["net.html"]
 
 
-def test_analyze(folder: pathlib.Path) -> None:
+def test_compare(folder: pathlib.Path) -> None:
     done = run(
         folder,
-        "analyze",
+        "compare",
         "nets.py:model",
         "--input",
         "4,8,8,3",
@@ -111,6 +111,32 @@ def test_analyze(folder: pathlib.Path) -> None:
     assert "<html" in (folder / "out/page.html").read_text()
     assert (folder / "f.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (folder / "out").iterdir()) == ["page.html"]
+
+
+def test_analyze_beside_theory(folder: pathlib.Path) -> None:
+    arguments = ("nets.py:model", "--input", "4,8,8,3", "--scheme", "fixup", "--normalization", "removed")
+    done = run(folder, "analyze", *arguments, "--predict", "--all", "--csv", "rows/net.csv")
+    assert done.returncode == 0, done.stderr
+    assert "fixup, removed" in done.stdout and "predicted" in done.stdout and "Conv_4/kernel" in done.stdout
+    lines = (folder / "rows/net.csv").read_text().splitlines()
+    assert lines[0].startswith("label,") and len(lines) > 10
+    one = run(folder, "predict", *arguments, "--json")
+    (found,) = json.loads(one.stdout)["propagations"]
+    assert found["kind"] == "predicted" and found["rows"][0]["forward"]["variance"] == pytest.approx(1)
+
+
+def test_check_fails_with_its_status(
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fixup_init.cli import main
+
+    monkeypatch.chdir(folder)
+    arguments = ["check", "nets.py:deep", "--input", "4,8,8,3", "--normalization", "removed", "--max-growth", "10"]
+    assert main([*arguments, "--scheme", "fixup"]) == 0
+    assert capsys.readouterr().out.startswith("Stable. The signal is flat")
+    assert main([*arguments, "--scheme", "he_normal", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["stable"] and "Conv_" in found["text"]
 
 
 @pytest.mark.parametrize(

@@ -724,6 +724,15 @@ def is_chain(steps: tuple[Any, ...]) -> bool:
     )
 
 
+def is_fed(s: Any) -> bool:
+    """Whether a step reads another source."""
+    return (
+        isinstance(s, Condition)
+        or s in (Op("sources"), Op("time"))
+        or (isinstance(s, Attention) and s.source == "memory")
+    )
+
+
 def linear(steps: tuple[Any, ...]) -> bool:
     """Whether a chain is a linear function of its start."""
     return all(
@@ -774,6 +783,14 @@ def unclear_branch(s: Residual, chain: tuple[Any, ...], bare: bool) -> Iterator[
         yield "a multiple of a state"
     if s.skip == "projection" and (linear(chain) or below < 2 or not scales(chain)):
         yield "a projection beside another linear map, a branch with as few weights, or one that does not scale"
+    first = next(iter(living(chain)), None)
+    if (
+        s.skip == "projection"
+        and isinstance(first, Residual)
+        and first.skip == "projection"
+        and any(map(is_fed, every(chain)))
+    ):
+        yield "projections of one start at several depths, beside another source"
     if s.minus and not below:
         yield "x - mean(x)"
     if s.shared and len(s.branches) > 1 and end:

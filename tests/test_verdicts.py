@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import pytest
 
 import fixup_init as fi
-from fixup_init import verdicts as rules
 from fixup_init.plain import plain
 from fixup_init.propagation import Propagation, Row, Statistics, Weight
-from fixup_init.verdicts import Verdict, verdicts
+from fixup_init.verdicts import HEADROOM, Verdict, verdicts
 
 WIDTH = 32
 VECTORS = jax.ShapeDtypeStruct((16, WIDTH), jnp.float32)
@@ -184,7 +183,7 @@ def test_growth_says_when_it_leaves_the_dtype(exploding: Propagation) -> None:
     found = re.search(r"leaves the range of float32 (\d+) blocks further on", text)
     assert found is not None
     factor, last = the(exploding, "growth", "forward").factor, exploding.stream[-1].forward.second_moment  # type: ignore
-    assert last * factor ** int(found[1]) > (3.4e38 / rules.HEADROOM) ** 2 > last * factor ** (int(found[1]) - 1)
+    assert last * factor ** int(found[1]) > (3.4e38 / HEADROOM) ** 2 > last * factor ** (int(found[1]) - 1)
 
 
 def test_stages_are_named() -> None:
@@ -274,7 +273,6 @@ def test_large_weights_saturate_tanh_and_the_advice_helps() -> None:
     assert serious(measured(net, spec(16, 64), re.findall(r'scheme="(\w+)"', found.advice)[0])) == []
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_the_first_tap_that_overflows_is_named(dtype: Any) -> None:
     x = spec(16, WIDTH, dtype=dtype)
