@@ -16,6 +16,7 @@ __all__ = ["SIZE", "Layout", "measure", "norm", "read", "read_norm"]
 
 SIZE = 12
 _VECTORS = 64  # for the effective rank
+_ENTRIES = 2**16  # for all but mean, variance, channel means and finite entries
 
 
 class Layout(NamedTuple):
@@ -39,6 +40,9 @@ class Layout(NamedTuple):
 def measure(x: Shaped[Array, "..."], layout: Layout) -> Float[Array, "12"]:
     """Statistics of an array, scaled so that a signal near the edge of its dtype does not overflow in its square.
 
+    Mean, variance, channel means and finite entries are those of all entries; the others of a large array are taken at
+    positions that are spread evenly over it.
+
     Args:
       x: any floating or complex dtype; computed in float32 or wider.
       layout: of its axes.
@@ -49,25 +53,31 @@ def measure(x: Shaped[Array, "..."], layout: Layout) -> Float[Array, "12"]:
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x, layout = jnp.stack([x.real, x.imag]), _shifted(layout)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    saturated = _saturated(x, layout.limits)
     x, example, channel = _split(x, layout)
+    some = _some(x, example, channel, _ENTRIES)
+    scale = _scale(jnp.abs(some).max(initial=0))
     others = tuple(a for a in range(x.ndim) if a not in (example, channel))
     size = max(x.size, 1)
-    largest = jnp.abs(x).max(initial=0)
-    finite = jax.lax.cond(jnp.isfinite(largest), lambda: jnp.ones((), x.dtype), lambda: jnp.isfinite(x).mean())
-    scale = _scale(largest)
     unit = x / scale
     sums = unit.sum(others, keepdims=True)  # by example and channel
     mean = sums.sum() / size
     variance = jnp.square(unit - mean).sum() / size
     channels = sums.sum(example, keepdims=True) * (x.shape[channel] / size)
-    examples = sums.sum(channel, keepdims=True) * (x.shape[example] / size)
-    positions = unit.sum((example, channel)) / (x.shape[example] * x.shape[channel]) if others else mean
-    spread = jnp.where(variance > 0, variance, jnp.nan)
+    finite = jax.lax.cond(
+        jnp.isfinite(sums).all(), lambda: jnp.ones((), x.dtype), lambda: jnp.isfinite(x).mean(dtype=x.dtype)
+    )
+    unit = some / scale
+    mid = unit.mean()
+    spread = jnp.square(unit - mid).mean()
+    spread = jnp.where(spread > 0, spread, jnp.nan)
+    shares = [
+        jnp.square(unit.mean([a for a in range(x.ndim) if a not in along]) - mid).mean() / spread
+        for along in ((example,), (channel,), others)
+    ]
     numbers = (
         scale, mean, variance, jnp.square(channels).mean(), finite,
-        (x == 0).sum() / size, saturated, _cosine(unit, example, others, channel), _rank(unit, example, channel),
-        *(jnp.square(part - mean).mean() / spread for part in (examples, channels, positions)),
+        (some == 0).mean(), _saturated(some, layout.limits), _cosine(unit, example), _rank(unit, example, channel),
+        *shares,
     )  # fmt: skip
     return jnp.stack([jnp.asarray(n, jnp.float32) for n in numbers])
 
@@ -133,14 +143,14 @@ def _saturated(x: Array, limits: tuple[float, float] | None) -> Array | float:
         return math.nan
     low, high = limits
     edge = 0.01 * (high - low)
-    return ((x <= low + edge) | (x >= high - edge)).sum() / max(x.size, 1)
+    return ((x <= low + edge) | (x >= high - edge)).mean()
 
 
-def _cosine(x: Array, example: int, others: tuple[int, ...], channel: int) -> Array | float:
+def _cosine(x: Array, example: int) -> Array | float:
     """(|sum_i x_i / |x_i||^2 - n) / (n (n - 1)), over the n examples that are not zero."""
     if x.shape[example] < 2:
         return math.nan
-    norms = jnp.sqrt(jnp.square(x).sum((*others, channel)))
+    norms = jnp.sqrt(jnp.square(x).sum([a for a in range(x.ndim) if a != example]))
     weights = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
     n = (norms > 0).sum()
     total = jnp.square(jnp.tensordot(weights, x, (0, example))).sum()
@@ -149,18 +159,24 @@ def _cosine(x: Array, example: int, others: tuple[int, ...], channel: int) -> Ar
 
 def _rank(x: Array, example: int, channel: int) -> Array | float:
     """(trace G)^2 / |G|^2 of the Gram matrix of some channel vectors."""
-    left = _VECTORS
-    axes = [example, *(a for a in range(x.ndim) if a not in (example, channel))]
-    for k, axis in enumerate(axes):
-        most = left if axis == example else max(int(left ** (1 / (len(axes) - k))), 1)
-        taken = min(x.shape[axis], most)
-        if not taken:
-            return math.nan
-        stride = x.shape[axis] // taken
-        start = (x.shape[axis] - 1 - (taken - 1) * stride) // 2
-        x = jax.lax.slice_in_dim(x, start, start + (taken - 1) * stride + 1, stride, axis)
-        left //= taken
+    x = _some(x, example, channel, _VECTORS * x.shape[channel])
     rows = jnp.moveaxis(x, channel, -1).reshape(-1, x.shape[channel])
     gram = jnp.matmul(rows, rows.T, precision="highest")
     squares = jnp.square(gram).sum()
     return jnp.where(squares > 0, jnp.square(jnp.trace(gram)) / jnp.where(squares > 0, squares, 1), jnp.nan)
+
+
+def _some(x: Array, example: int, channel: int, entries: int) -> Array:
+    """At most so many entries, at least a channel vector: all examples if they fit, then positions, spread evenly."""
+    left = max(entries // max(x.shape[channel], 1), 1)
+    axes = [example, *(a for a in range(x.ndim) if a not in (example, channel))]
+    for k, axis in enumerate(axes):
+        if x.size <= entries:
+            break
+        most = left if axis == example else max(int(left ** (1 / (len(axes) - k))), 1)
+        stride = -(-x.shape[axis] // most)
+        taken = (x.shape[axis] - 1) // stride + 1
+        start = (x.shape[axis] - 1 - (taken - 1) * stride) // 2
+        x = jax.lax.slice_in_dim(x, start, start + (taken - 1) * stride + 1, stride, axis)
+        left = max(left // taken, 1)
+    return x

@@ -257,3 +257,18 @@ def test_a_loss_that_is_no_number_is_named() -> None:
         fi.analyze(Acts(), variables, x, loss=lambda y: y["logits"].sum())
     with pytest.raises(ValueError, match="steps=2 with optimizer=None: expected"):
         fi.analyze(Acts(), variables, x, steps=2)
+
+
+def test_large_arrays_are_sampled_evenly() -> None:
+    noise = np.random.default_rng(0)
+    x = noise.normal(size=(16, 64, 48, 24)) + noise.normal(size=(16, 1, 1, 1)) + noise.normal(size=(1, 1, 1, 24))
+    x += np.linspace(-2, 2, 64)[:, None, None]
+    x[noise.random(x.shape) < 0.3] = 0
+    found = read(np.asarray(measure(jnp.asarray(x, jnp.float32), Layout(3, 0, 16))))
+    want = spelled_out(x.reshape(16, -1, 24))
+    for key, value in want.items():
+        exact = key in ("mean", "variance", "squared_channel_mean")
+        assert getattr(found, key) == pytest.approx(value, rel=1e-4 if exact else 0.05), key
+    assert (
+        read(np.asarray(measure(jnp.asarray(x, jnp.float32).at[3, 7, 5, 2].set(jnp.nan), Layout(3, 0, 16)))).finite < 1
+    )
