@@ -120,10 +120,10 @@ def analyze(
     label = label or traced.application.name
     if steps is None:
         return measure(traced, params, state, probe, key, label, progress, loss)
-    return _over_steps(traced, params, state, key, loss, steps, optimizer, progress)
+    return over_steps(traced, params, state, key, loss, steps, optimizer, progress)
 
 
-def _over_steps(
+def over_steps(
     traced: Traced, params: Any, state: Any, key: Any, loss: Loss | None, steps: int, optimizer: Any,
     progress: Progress | None,
 ) -> Comparison:  # fmt: skip
@@ -211,7 +211,7 @@ def prepare(traced: Traced, params: Any, probe: Probe) -> Setup:
     hidden = dict.fromkeys(t.name for t in placed if t.value not in made and t.kind in ("weight", "sum"))
     layouts = taps.layouts(graph, tapped)
     structure = of_trace(traced)
-    starts, name = _probe(traced, set(structure.heads), params, probe)
+    starts, name = probe_values(traced, set(structure.heads), params, probe)
     cut = blocks.cut(graph, layouts, keep=starts)
     return Setup(traced, tapped, tuple(hidden), layouts, cut, starts, name, structure.num_branches)
 
@@ -236,9 +236,9 @@ def run(
     def report(what: str) -> Callable[[int, int], None]:
         return lambda done, of: progress(f"{label}: {what}", done, of) if progress is not None else None
 
-    values = _values(traced, params, state, key)
+    values = values_of(traced, params, state, key)
     env, forward = blocks.forward(graph, setup.blocks, values, report("forward"))
-    starting = _cotangents(setup, env, key) if loss is None else _of_loss(traced, env, loss)
+    starting = _cotangents(setup, env, key) if loss is None else loss_cotangents(traced, env, loss)
     leaves = program.inputs[: len(jax.tree.leaves(params))]
     sized = dict.fromkeys(v for t in setup.taps for v in t.leaves)
     pulled = blocks.backward(
@@ -309,7 +309,7 @@ def _cotangents(setup: Setup, env: Mapping[int, Any], key: Any) -> dict[int, Any
     return found
 
 
-def _of_loss(traced: Traced, env: Mapping[int, Any], loss: Loss) -> dict[int, Any]:
+def loss_cotangents(traced: Traced, env: Mapping[int, Any], loss: Loss) -> dict[int, Any]:
     """The gradient of a loss in the model's results."""
     program = traced.graph.program
     arrays = [env[v] for v in program.outputs]
@@ -339,7 +339,7 @@ def _of_loss(traced: Traced, env: Mapping[int, Any], loss: Loss) -> dict[int, An
     return {v: ct for v, ct in found.items() if traced.graph.is_activation(v)}
 
 
-def _probe(traced: Traced, heads: set[str], params: Any, probe: Probe) -> tuple[tuple[int, ...], str]:
+def probe_values(traced: Traced, heads: set[str], params: Any, probe: Probe) -> tuple[tuple[int, ...], str]:
     """Values at which the backward pass starts, and what to call them."""
     if probe not in ("auto", "output", "head"):
         raise ValueError(f"probe={probe!r}: expected 'auto', 'output' or 'head'.")
@@ -404,7 +404,7 @@ def _flat(tree: Any) -> dict[str, Any]:
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _values(traced: Traced, params: Any, state: Any, key: Any) -> dict[int, Any]:
+def values_of(traced: Traced, params: Any, state: Any, key: Any) -> dict[int, Any]:
     """Arrays for the program's inputs; data is drawn where an input is abstract."""
     application, graph = traced.application, traced.graph
     noise = jax.tree.map(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from fixup_init import schemes
-from fixup_init.analyze import _over_steps, analyze, measure
+from fixup_init.analyze import analyze, measure, over_steps
 from fixup_init.initialize import draw
 from fixup_init.plan import Plan
 from fixup_init.propagation import Direction, Propagation
@@ -110,7 +110,7 @@ def assert_stable(
         measured = (
             measure(traced, params, state, "auto", other, name, loss=loss)
             if steps is None
-            else _over_steps(traced, params, state, other, loss, steps, optimizer, None)
+            else over_steps(traced, params, state, other, loss, steps, optimizer, None)
         )
     if isinstance(measured, Propagation):
         check(measured, max_growth, strict, what)

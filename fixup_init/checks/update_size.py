@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fixup_init import blocks, schemes
-from fixup_init.analyze import _of_loss, _values
+from fixup_init.analyze import loss_cotangents, values_of
 from fixup_init.initialize import draw
 from fixup_init.plain import plain
 from fixup_init.plan import Plan
@@ -291,7 +291,7 @@ def _measure(
 ) -> float:
     graph = traced.graph
     key = typed_key(seed)
-    values = _values(traced, *draw(traced, plan, key), key)
+    values = values_of(traced, *draw(traced, plan, key), key)
     rates = {e.path: rate * e.rate for e in plan}
     loss = loss or functools.partial(_cross_entropy, key=jax.random.fold_in(key, 1))
     before, after = {}, blocks.forward(graph, cut, values)[0]
@@ -306,7 +306,7 @@ def _measure(
 def _gradient(traced: Traced, cut: Sequence[blocks.Block], env: Mapping[int, Any], loss: Loss) -> dict[int, Any]:
     """Of the loss in every parameter that it depends on, by value."""
     parameters = [v for v in traced.graph.program.inputs if traced.graph.leaves[v].kind == "param"]
-    return blocks.backward(traced.graph, cut, env, _of_loss(traced, env, loss), gradients=parameters).gradients
+    return blocks.backward(traced.graph, cut, env, loss_cotangents(traced, env, loss), gradients=parameters).gradients
 
 
 @jax.jit
