@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fixup_init import jaxprs, moments, schemes, taps
+from fixup_init.analyze import Probe, probe_values
 from fixup_init.frameworks import ModelError
 from fixup_init.graph import Leaf, ancestors
 from fixup_init.jaxprs import Op
@@ -24,8 +25,6 @@ from fixup_init.structure import of_trace
 from fixup_init.tracing import Traced, check_normalization, trace, uncollected, without_normalization
 
 __all__ = ["predict"]
-
-Probe = Literal["auto", "output", "head"]
 
 
 def predict(
@@ -48,7 +47,7 @@ def predict(
       *args: the model's own arguments; a `jax.ShapeDtypeStruct` stands for standard normal data (floating) or uniform
         integers of that shape; of an array its first two moments are taken.
       scheme: a name, a scheme object or a `Plan`; where the model's own initializers decide, their program is read.
-      normalization: "kept", or "removed" to bypass every normalization.
+      normalization: "kept", "removed" to bypass every normalization, or "affine" to leave its scale and bias.
       probe: where the backward pass starts, with a standard normal cotangent: "output", "head" (the input of the head)
         or "auto" (the input of the head where its kernel is zero, else the output).
       label: name of the result; the model's name by default.
@@ -76,15 +75,10 @@ def predict(
       (arXiv:1902.08129).
     """
     check_normalization(normalization)
-    if probe not in ("auto", "output", "head"):
-        raise ValueError(f"probe={probe!r}: expected 'auto', 'output' or 'head'.")
     with uncollected():
         traced = trace(model, args, kwargs)
+        traced = without_normalization(traced, normalization)
         planned = scheme if isinstance(scheme, Plan) else schemes.find(scheme).plan(of_trace(traced))
-        if normalization == "removed":
-            traced = without_normalization(traced)
-            if not isinstance(scheme, Plan):
-                planned = schemes.find(scheme).plan(of_trace(traced))
         return of_plan(traced, planned, probe, label or traced.application.name)
 
 
@@ -98,23 +92,23 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
     hidden = dict.fromkeys(t.name for t in placed if t.value not in made and t.kind in ("weight", "sum"))
     structure = of_trace(traced)
     parameters = _leaves(traced, planned)
-    starts, probe_name = _starts(traced, set(structure.heads), parameters, probe)
-    machine = Interpreter(program, _rows_of_tables(traced), {t.value for t in tapped} | set(starts))
-    machine.is_weight = graph.is_parameter
-    machine.is_activation = graph.is_activation
-    machine.env.update(parameters)
-    machine.env.update(_data(traced, machine))
-    _install(traced, machine)
+    starts, probe_name = probe_values(traced, set(structure.heads), _nonzero(program, parameters), probe)
+    interpreter = Interpreter(program, _rows_of_tables(traced), {t.value for t in tapped} | set(starts))
+    interpreter.is_weight = graph.is_parameter
+    interpreter.is_activation = graph.is_activation
+    interpreter.values.update(parameters)
+    interpreter.values.update(_data(traced, interpreter.rows))
+    _install(traced, interpreter)
     for v in graph.inputs:
-        value = machine.env[v]
+        value = interpreter.values[v]
         node = None
         if not value.unknown and jnp.issubdtype(program.dtype(v), jnp.inexact):
-            node = Node(next(machine.nodes), value.shape, [])
+            node = Node(next(interpreter.nodes), value.shape, [])
             value.slopes = {node: [(moments.ones(value.rank), {})]}
-        machine.tapped[v, ()] = (node, value)
-    machine.run(program.ops)
-    cotangents = _backward(machine, starts)
-    broken = _broken(traced, machine, starts)
+        interpreter.tapped[v, ()] = (node, value)
+    interpreter.run(program.ops)
+    cotangents = _backward(interpreter, starts)
+    broken = _broken(traced, interpreter, starts)
     channels = _channels(graph, tapped)
     rows: list[Row] = []
     sums = 0
@@ -123,13 +117,15 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
         if tap.kind == "sum" and (tap.value, at) not in counted:
             counted.add((tap.value, at))
             sums += 1
-        node, value = machine.tapped.get((tap.value, at), (None, moments.unknown((), "unknown: it was not reached")))
+        node, value = interpreter.tapped.get(
+            (tap.value, at), (None, moments.unknown((), "unknown: it was not reached"))
+        )
         forward = backward = None
         notes = set(value.notes)
         if value.unknown:
             notes = {value.unknown}
         else:
-            forward = _forward(machine, value, channels[tap.value])
+            forward = _forward(value, channels[tap.value])
             if not math.isfinite(forward.second_moment):
                 forward, notes = None, {"unknown: its moments are not finite"}
             if forward is None:
@@ -154,10 +150,10 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
     )
 
 
-def _backward(machine: Interpreter, starts: Sequence[int]) -> dict[Node, np.ndarray]:
+def _backward(interpreter: Interpreter, starts: Sequence[int]) -> dict[Node, np.ndarray]:
     found: dict[Node, np.ndarray] = {}
     for v in starts:
-        node, value = machine.tapped.get((v, ()), (None, None))
+        node, value = interpreter.tapped.get((v, ()), (None, None))
         if node is None or value is None:
             continue
         lattice = np.zeros((2,) * value.rank + (1,) * value.rank)
@@ -167,13 +163,13 @@ def _backward(machine: Interpreter, starts: Sequence[int]) -> dict[Node, np.ndar
     return moments.pull_back(found)
 
 
-def _broken(traced: Traced, machine: Interpreter, starts: Sequence[int]) -> dict[int, str]:
+def _broken(traced: Traced, interpreter: Interpreter, starts: Sequence[int]) -> dict[int, str]:
     """Nodes from which a value that is not known leads to where the backward pass starts, and why it is not."""
     graph = traced.graph
     before = ancestors(graph, [graph.node_of[v] for v in starts]) or set()
     found: dict[int, str] = {}
     for v, node in graph.node_of.items():
-        value = machine.env.get(v)
+        value = interpreter.values.get(v)
         if node in found or node not in before or value is None:
             continue
         if value.unknown and moments.INSIDE not in value.unknown:
@@ -182,8 +178,8 @@ def _broken(traced: Traced, machine: Interpreter, starts: Sequence[int]) -> dict
     return found
 
 
-def _forward(machine: Interpreter, value: Value, channel: int) -> Statistics:
-    mean, second = machine.moments(value)
+def _forward(value: Value, channel: int) -> Statistics:
+    mean, second = moments.moments_of(value)
     return _statistics(mean, second, value.shape, channel)
 
 
@@ -267,17 +263,16 @@ def _own(traced: Traced, leaves: Sequence[Leaf], own: Sequence[int]) -> list[Val
 
     try:
         closed, _ = jaxprs.jaxpr_of(initial, jax.eval_shape(lambda: jax.random.key(0)))
-    except (ModelError, jax.errors.JAXTypeError, TypeError) as error:
-        del error
+    except (ModelError, jax.errors.JAXTypeError, TypeError):
         return [moments.unknown(leaves[k].shape, f"unknown: the model's own `{leaves[k].path}`") for k in own]
     program = jaxprs.flatten(closed)
-    machine = Interpreter(program)
+    interpreter = Interpreter(program)
     for v in program.inputs:
-        machine.env[v] = moments.known(program.shape(v), np.zeros((1,) * len(program.shape(v))))
-    machine.run(program.ops)
+        interpreter.values[v] = moments.known(program.shape(v), np.zeros((1,) * len(program.shape(v))))
+    interpreter.run(program.ops)
     found = []
     for k, v in zip(own, program.outputs, strict=True):
-        value = machine.read(v)
+        value = interpreter.read(v)
         if v in program.constants:
             value = _held(np.asarray(program.constants[v]))
         elif value.unknown and math.prod(leaves[k].shape) <= _DRAWN:
@@ -301,7 +296,7 @@ def _held(array: np.ndarray) -> Value:
     return moments.known(array.shape, array)
 
 
-def _data(traced: Traced, machine: Interpreter) -> dict[int, Value]:
+def _data(traced: Traced, rows: int) -> dict[int, Value]:
     """The inputs."""
     graph, inputs = traced.graph, traced.application.inputs
     given = dict(zip(inputs.names, inputs.arrays, strict=True))
@@ -309,7 +304,7 @@ def _data(traced: Traced, machine: Interpreter) -> dict[int, Value]:
     for v in graph.inputs:
         array, shape = given[graph.leaves[v].path], graph.program.shape(v)
         if not isinstance(array, jax.ShapeDtypeStruct):
-            found[v] = _given(np.asarray(array), machine)
+            found[v] = _given(np.asarray(array))
         elif jnp.issubdtype(array.dtype, jnp.complexfloating):
             found[v] = moments.unknown(shape, "unknown: complex numbers")
         elif jnp.issubdtype(array.dtype, jnp.floating):
@@ -317,18 +312,15 @@ def _data(traced: Traced, machine: Interpreter) -> dict[int, Value]:
         elif array.dtype == jnp.bool_:
             found[v] = moments.known(shape, np.ones((1,) * len(shape), bool))
         else:
-            found[v] = _indices(shape, machine.rows)
+            found[v] = _indices(shape, rows)
     return found
 
 
-def _given(array: np.ndarray, machine: Interpreter) -> Value:
-    if array.dtype.kind in "iu":
+def _given(array: np.ndarray) -> Value:
+    """Data: its first two moments, but for whole numbers and truth values, which are taken as they are."""
+    if array.dtype.kind in "iub" or array.size <= 1:
         return moments.known(array.shape, array)
-    if array.dtype.kind == "b" or array.size <= 1:
-        return moments.known(array.shape, array)
-    del machine
-    wide = array.astype(np.float64)
-    return moments.of_source(moments.fixed(array.shape, wide))
+    return moments.of_source(moments.fixed(array.shape, array.astype(np.float64)))
 
 
 def _indices(shape: tuple[int, ...], rows: int) -> Value:
@@ -341,7 +333,7 @@ def _indices(shape: tuple[int, ...], rows: int) -> Value:
 # --- where the walk does something of its own -----------------------------------------------------------------------
 
 
-def _install(traced: Traced, machine: Interpreter) -> None:
+def _install(traced: Traced, interpreter: Interpreter) -> None:
     graph = traced.graph
     program = graph.program
     first = len(graph.inputs)
@@ -351,42 +343,22 @@ def _install(traced: Traced, machine: Interpreter) -> None:
             continue
         region = Normalization(norm.source, norm.axes, program.shape(norm.source), ops[0])
         for op in ops:
-            machine.instead.setdefault(id(op), functools.partial(region, machine))
+            interpreter.instead.setdefault(id(op), functools.partial(region, interpreter))
 
     def inside(op: Op) -> list[Value]:
         return [moments.unknown(program.shape(v), f"unknown: {moments.INSIDE}") for v in op.outputs]
 
     for found in moments.softmaxes(program):
         for op in found.inside:
-            machine.instead.setdefault(id(op), inside)
+            interpreter.instead.setdefault(id(op), inside)
 
         def weights(op: Op, found: moments.Softmax = found) -> list[Value]:
             del op
-            return [moments.softmax(machine, machine.read(found.source), found.axes)]
+            return [moments.softmax_of(interpreter, interpreter.read(found.source), found.axes)]
 
-        machine.instead[id(found.end)] = weights
+        interpreter.instead[id(found.end)] = weights
 
 
-def _starts(
-    traced: Traced, heads: set[str], parameters: Mapping[int, Value], probe: Probe
-) -> tuple[tuple[int, ...], str]:
-    """Values at which the backward pass starts, and what to call them: as `fi.analyze` has it."""
-    graph = traced.graph
-    program = graph.program
-    outputs = tuple(
-        v for v in dict.fromkeys(program.outputs)
-        if graph.is_activation(v) and jnp.issubdtype(program.dtype(v), jnp.inexact)
-    )  # fmt: skip
-    nodes = [n for n, layer in graph.layers.items() if layer.path in heads and layer.kind != "embedding"]
-    if probe == "output" or not nodes:
-        return outputs, "output"
-    if probe == "auto":
-        kernels = [parameters[v] for n in nodes for v in graph.layers[n].leaves]
-        if any(k.unknown or k.terms for k in kernels):
-            return outputs, "output"
-    before = []
-    for n in nodes:
-        op = graph.op(n)
-        assert op is not None
-        before.extend(v for v in op.inputs if graph.is_activation(v))
-    return tuple(dict.fromkeys(before)), "input of the head"
+def _nonzero(program: jaxprs.Program, parameters: Mapping[int, Value]) -> list[np.ndarray]:
+    """In place of each parameter's entries, whether any is not zero: what `analyze.probe_values` asks of them."""
+    return [np.array(v not in parameters or bool(parameters[v].unknown or parameters[v].terms)) for v in program.inputs]

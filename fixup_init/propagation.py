@@ -260,9 +260,7 @@ class Propagation:
 
         return to_csv(self, path)
 
-    def table(
-        self, *, all_rows: bool = False, predicted: Propagation | None = None, width: int | None = None
-    ) -> str:
+    def table(self, *, all_rows: bool = False, predicted: Propagation | None = None, width: int | None = None) -> str:
         """The rows as text: blocks that are alike folded, or all; measured beside predicted."""
         from fixup_init.report.text import propagation_table
 

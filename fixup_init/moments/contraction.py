@@ -1,0 +1,84 @@
+"""Products with weights and of values: `dot_general`, as an einsum of lattices."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fixup_init.jaxprs import Op, p
+from fixup_init.moments.distributions import distribution
+from fixup_init.moments.environment import Environment, Rule
+from fixup_init.moments.lattice import Lattice, contracted, mean_contracted, repeated, settled
+from fixup_init.moments.polynomials import DEPENDENT, kin_of, moments_of, times
+from fixup_init.moments.values import Source, Term, Value
+
+
+def dot(env: Environment, op: Op, args: list[Value]) -> Value:
+    """A general product: axes get names, those of a batch and those that are summed the same on both sides."""
+    contract, batch = op.params["dimension_numbers"]
+    left, right = args
+    shape = env.program.shape(op.outputs[0])
+    names: list[list[Any]] = [[None] * left.rank, [None] * right.rank]
+    sizes: dict[Any, int] = {}
+    for side, value in enumerate((left, right)):
+        for k, a in enumerate(batch[side]):
+            names[side][a] = f"b{k}"
+        for k, a in enumerate(contract[side]):
+            names[side][a] = f"c{k}"
+        for a in range(value.rank):
+            names[side][a] = names[side][a] or f"{'xy'[side]}{a}"
+            sizes[names[side][a]] = value.shape[a]
+    out = [f"b{k}" for k in range(len(batch[0]))]
+    out += [a for side in (0, 1) for a in names[side] if a[0] == "xy"[side]]
+    return _einsum(env, shape, (left, right), names, out, sizes, env.weights(op))
+
+
+def _einsum(
+    env: Environment, shape: tuple[int, ...], args: tuple[Value, Value], names: Sequence[Sequence[Any]],
+    out: Sequence[Any], sizes: Mapping[Any, int], weight: Sequence[bool],
+) -> Value:  # fmt: skip
+    """Sums of products of two values, axes by name; `weight` says which of them are random weights."""
+    moments = [moments_of(a) for a in args]
+    second = contracted(moments[0][1], names[0], moments[1][1], names[1], out, sizes)
+    mean = mean_contracted(moments[0][0], names[0], moments[1][0], names[1], out, sizes)
+    gone = [a for a in dict.fromkeys((*names[0], *names[1])) if a not in out]
+    n = math.prod(sizes[a] for a in gone)
+    notes = set()
+    kin = kin_of(args[0].terms) | kin_of(args[1].terms)
+    if any(weight) and not mean.any():
+        kin = frozenset()  # a random sign stands between
+    if kin_of(args[0].terms) & kin_of(args[1].terms):
+        notes.add(DEPENDENT)
+    quantile = None
+    if n < 4:
+        quantile = distribution(times(_scalar(args[0]), _scalar(args[1])))
+    source = Source(shape, mean, settled(second, shape), quantile, kin)
+    shapes = [tuple(sizes[a] for a in axes) for axes in names]
+
+    def back(side: int, cotangent: Lattice) -> Lattice:
+        other = 1 - side
+        missing = [a for a in names[side] if a not in out and a not in names[other]]
+        inner = [a for a in names[side] if a not in missing]
+        found = contracted(cotangent, list(out), moments[other][1], names[other], inner, sizes)
+        rank = len(inner)
+        for k, a in enumerate(names[side]):
+            if a in missing:
+                found = repeated(found, k, rank)
+                rank += 1
+        return settled(found, shapes[side])
+
+    return env.made(source, [(args[0], functools.partial(back, 0)), (args[1], functools.partial(back, 1))], notes)
+
+
+def _scalar(value: Value) -> list[Term]:
+    """A polynomial's average over positions, as one of scalars' coefficients."""
+    return [(np.full((), float(c.mean())), f) for c, f in value.terms]
+
+
+RULES: dict[Any, Rule] = {
+    p.dot_general_p: dot,
+}

@@ -1,0 +1,71 @@
+"""Distributions of polynomials in sources: their values at points that fill the cube of all sources evenly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy import special
+
+from fixup_init import quadrature
+from fixup_init.moments.lattice import same
+from fixup_init.moments.polynomials import is_gaussian
+from fixup_init.moments.values import Source, Term, Value
+from fixup_init.quadrature import Quantile, X
+
+SAMPLES = 1 << 13  # points at which polynomials are evaluated
+
+
+def draws(sources: Sequence[Source]) -> dict[Source, np.ndarray]:
+    """Values of one entry of each source, at points that fill the cube evenly (Roberts 2018's R-sequence)."""
+    root = 2.0
+    for _ in range(60):
+        root = (1 + root) ** (1 / (len(sources) + 1))
+    drawn = {}
+    for k, s in enumerate(sources):
+        u = (np.arange(SAMPLES) + 0.5) / SAMPLES
+        if len(sources) > 1:
+            u = (0.5 + np.arange(SAMPLES) * root ** -(k + 1)) % 1.0
+        z = special.ndtri(np.clip(u, 0.25 / SAMPLES, 1 - 0.25 / SAMPLES))
+        m = float(s.mean.mean())
+        v = max(float((same(s.second, len(s.shape)) - s.mean**2).mean()), 0.0)
+        drawn[s] = m + math.sqrt(v) * z if s.quantile is None else s.quantile.values(m, math.sqrt(v), z)
+    return drawn
+
+
+def drawn_at(terms: Sequence[Term], drawn: Mapping[Source, np.ndarray]) -> np.ndarray:
+    """A polynomial at such points."""
+    x = np.zeros(SAMPLES)
+    for c, factors in terms:
+        part = np.full(SAMPLES, float(c.mean()))
+        for s, f in factors.items():
+            part = part * (drawn[s] if f is X else quadrature.evaluate(f, drawn[s]))
+        x = x + part
+    return x
+
+
+def distribution(terms: Sequence[Term]) -> Quantile | None:
+    """The distribution of a polynomial, from points that fill the cube of its sources evenly."""
+    if is_gaussian(terms):
+        return None
+    sources = sorted({s for _, f in terms for s in f}, key=lambda s: s.number)
+    if len(terms) == 1 and len(sources) == 1 and terms[0][1][sources[0]] is X:
+        sign = float(terms[0][0].mean())
+        q = sources[0].quantile
+        if q is None or sign > 0:
+            return q
+    x = drawn_at(terms, draws(sources))
+    return Quantile.of_samples(x) if np.isfinite(x).all() else None
+
+
+def mixture(parts: Sequence[tuple[Value, float, float]], sizes: Sequence[int]) -> Quantile | None:
+    """The distribution of an entry that comes from one of several values."""
+    z = special.ndtri((np.arange(1024) + 0.5) / 1024)
+    samples, weights = [], []
+    for (value, centre, variance), n in zip(parts, sizes, strict=True):
+        q = distribution(value.terms)
+        deviation = math.sqrt(max(variance, 0.0))
+        samples.append(centre + deviation * z if q is None else q.values(centre, deviation, z))
+        weights.append(np.full(z.size, n / z.size))
+    return Quantile.of_samples(np.concatenate(samples), np.concatenate(weights))

@@ -1,0 +1,294 @@
+"""The rule of all elementwise operations.
+
+Sums and products are those of polynomials; a function of one source is a `Formula`, composed symbolically, and so is
+its derivative. Of two sources a grid gives the joint distribution, and their function becomes a source of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import special
+
+from fixup_init import jaxprs, quadrature
+from fixup_init.jaxprs import Op, p
+from fixup_init.moments.environment import Environment, NoRule
+from fixup_init.moments.lattice import same, settled
+from fixup_init.moments.polynomials import DEPENDENT, are_dependent, merged, scaled, times
+from fixup_init.moments.random_bits import of_bits
+from fixup_init.moments.rearranging import broadcasted
+from fixup_init.moments.values import Node, Source, Term, Value, function_of, is_unit, known, unit
+from fixup_init.quadrature import FLAT, Formula, Quantile
+
+_SAME = frozenset({
+    p.copy_p, p.stop_gradient_p, p.name_p, jaxprs.IDENTITY, p.reduce_precision_p, p.sharding_constraint_p,
+    p.device_put_p,
+})  # fmt: skip
+_TERMS = 24  # of a polynomial, before it becomes one source
+_MASKED = -1e4  # a score below this is masked
+_GRID = 96  # points for each of two values
+_ORDER = 24  # of their Hermite expansion
+
+
+def elementwise(env: Environment, op: Op, args: list[Value]) -> Value:
+    """Entry by entry: sums and products of polynomials, functions of one source."""
+    primitive: Any = op.primitive
+    shape = env.program.shape(op.outputs[0])
+    rank = len(shape)
+    one = unit(rank)
+    args = [_lifted(env, a, shape) for a in args]
+    result: Value | None = None
+    if any(a.bits for a in args):
+        return of_bits(op, args)
+    if primitive in _SAME or (
+        primitive is p.convert_element_type_p and not _cuts(env.program.dtype(op.inputs[0]), op.params["new_dtype"])
+    ):
+        a = args[0]
+        slopes = {} if primitive is p.stop_gradient_p else a.slopes
+        result = dataclasses.replace(a, slopes=dict(slopes), array=None)
+    elif primitive in (p.add_p, p.sub_p, p.add_jaxvals_p):
+        sign = -1.0 if primitive is p.sub_p else 1.0
+        terms = merged([*args[0].terms, *scaled(args[1].terms, sign)])
+        slopes = _linear_slopes([(args[0], one), (args[1], scaled(one, sign))])
+        result = _result(shape, terms, args, slopes)
+    elif primitive is p.neg_p:
+        slopes = _linear_slopes([(args[0], scaled(one, -1.0))])
+        result = _result(shape, scaled(args[0].terms, -1.0), args, slopes)
+    elif primitive is p.mul_p:
+        result = _product(env, shape, args)
+    elif primitive is p.div_p and (c := args[1]).is_constant and c.terms:
+        inverse = 1.0 / sum((k for k, _ in c.terms), np.zeros((1,) * rank))
+        slopes = _linear_slopes([(args[0], [(inverse, {})])])
+        result = _result(shape, scaled(args[0].terms, inverse), args, slopes)
+    elif primitive in (p.square_p, p.integer_pow_p) and op.params.get("y", 2) == 2 and _common(args) is None:
+        result = _product(env, shape, [args[0], args[0]])
+    if result is None:
+        result = _function(env, op, args, shape)
+    call = env.calls.get(op.outputs[0])
+    if call is not None and result.slopes:
+        _by_rule(env, call, result)
+    if len(result.terms) > _TERMS or any(len(t) > _TERMS for t in result.slopes.values()):
+        env.collapse(result)
+    _keep_mask(op, args, result)
+    result.rows = max((a.rows for a in args), default=0) if primitive not in FLAT else 0
+    return result
+
+
+def _linear_slopes(parts: Iterable[tuple[Value, list[Term]]]) -> dict[Node, list[Term]]:
+    """Slopes of a result whose slope in each argument is a polynomial."""
+    found: dict[Node, list[Term]] = {}
+    for value, factor in parts:
+        for node, terms in value.slopes.items():
+            made = times(terms, factor)
+            if made:
+                found[node] = merged([*found.get(node, []), *made])
+    return found
+
+
+def _result(shape: tuple[int, ...], terms: list[Term], args: Sequence[Value], slopes: dict[Node, list[Term]]) -> Value:
+    """A value with the notes of those that it was made of."""
+    return Value(shape, terms, slopes, notes=frozenset().union(*(a.notes for a in args)))
+
+
+def _lifted(env: Environment, value: Value, shape: tuple[int, ...]) -> Value:
+    """An argument in the shape of the result: scalars, and axes of size 1, are repeated."""
+    if value.shape == shape:
+        return value
+    rank = len(shape)
+    if value.is_constant:
+        c = sum((c for c, _ in value.terms), np.zeros((1,) * value.rank))
+        c = c.reshape((1,) * (rank - value.rank) + c.shape)
+        array = None if value.array is None else value.array.reshape((1,) * (rank - value.rank) + value.array.shape)
+        return dataclasses.replace(value, shape=shape, terms=[(c, {})] if c.any() else [], array=array)
+    result = broadcasted(env, value, shape, tuple(range(rank - value.rank, rank)))
+    if value.array is not None:
+        result.array = value.array.reshape((1,) * (rank - value.array.ndim) + value.array.shape)
+    return result
+
+
+def _keep_mask(op: Op, args: Sequence[Value], result: Value) -> None:
+    """Scores that are masked stay so through sums and products."""
+    seen = [a.visible for a in args if a.visible is not None]
+    if op.primitive in (p.add_p, p.sub_p, p.add_jaxvals_p):
+        for a in args:
+            if a.array is not None and a.array.size > 1 and a.array.min() < _MASKED:
+                seen.append(a.array > _MASKED)
+                result.terms = next(b for b in args if b is not a).terms
+    if seen:
+        result.visible = functools.reduce(np.logical_and, seen)
+
+
+def _cuts(old: Any, new: Any) -> bool:
+    """Whether a conversion takes real numbers to whole ones."""
+    return not jnp.issubdtype(new, jnp.inexact) and jnp.issubdtype(old, jnp.inexact)
+
+
+def _product(env: Environment, shape: tuple[int, ...], args: Sequence[Value]) -> Value:
+    """The product of two polynomials."""
+    left, right = args
+    if len(left.terms) * len(right.terms) > _TERMS:
+        env.collapse(left if len(left.terms) > len(right.terms) else right)
+    terms = times(left.terms, right.terms)
+    slopes = _linear_slopes([(left, list(right.terms)), (right, list(left.terms))])
+    result = _result(shape, terms, args, slopes)
+    if any(len(f) > 1 for _, f in terms) and are_dependent(terms):
+        result.notes |= {DEPENDENT}
+    return result
+
+
+def _common(args: Sequence[Value]) -> Source | None:
+    """The one source of all arguments, where they are functions of it alone."""
+    sources = {s for a in args for _, f in a.terms for s in f}
+    plain = all(c.size == 1 for a in args for c, _ in a.terms)
+    return next(iter(sources)) if len(sources) == 1 and plain else None
+
+
+def _formula(value: Value) -> Formula:
+    """A value that depends on one source alone, as a function of it."""
+    coefficients = [float(c.ravel()[0]) for c, _ in value.terms]
+    functions = [next(iter(f.values())) if f else quadrature.constant(1.0) for _, f in value.terms]
+    return quadrature.weighted(coefficients, functions) if value.terms else quadrature.constant(0.0)
+
+
+def _function(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...]) -> Value:
+    """A function of one source; where there are several, of the sources that its arguments are made into."""
+    rank = len(shape)
+    if all(a.is_constant for a in args):  # with a profile
+        arrays = np.broadcast_arrays(*(sum((c for c, _ in a.terms), np.zeros((1,) * rank)) for a in args))
+        dtypes = [env.program.dtype(v) for v in op.inputs]
+        found = jaxprs.bind(op, [jnp.asarray(x, d) for x, d in zip(arrays, dtypes, strict=True)])[0]
+        return known(shape, np.asarray(found), profile=True)
+    common = _common(args)
+    if common is None:
+        if op.primitive is p.select_n_p:
+            return _selected(env, op, args, shape)
+        moving = [a for a in dict.fromkeys(args) if not a.is_constant]
+        for a in moving:
+            env.collapse(a)
+        common = _common(args)
+        if common is None and op.primitive is p.div_p:
+            return _quotient(env, op, args, shape)
+        if common is None and len(moving) == 2 and len(args) == 2:
+            return _of_two(env, op, args, shape)
+        if common is None:
+            raise NoRule(f"no rule for `{op.name}` of several values at once")
+    casts = [env.program.dtype(v) for v in op.inputs]
+    formulas = [_formula(a) for a in args]
+    terms = function_of(common, quadrature.of_op(op, formulas, casts))
+    parts = []
+    if op.primitive not in FLAT:
+        for k, a in enumerate(args):
+            if a.slopes and jnp.issubdtype(casts[k], jnp.floating):
+                parts.append((a, function_of(common, quadrature.slope(op, formulas, casts, k))))
+    return _result(shape, terms, args, _linear_slopes(parts))
+
+
+def _by_rule(env: Environment, call: Op, result: Value) -> None:
+    """Takes the derivative that a call has of its own, where that differs from its body's: relu at 0."""
+    outer = [env.read(v) for v in call.inputs]
+    moving = [k for k, a in enumerate(outer) if a.slopes]
+    common = _common(outer)
+    if common is None or len(moving) != 1 or len(outer[moving[0]].slopes) != len(result.slopes):
+        return
+    (k,) = moving
+    ((node, before), *more), (_, after) = outer[k].slopes.items(), next(iter(result.slopes.items()))
+    if more or not is_unit(before) or any(c.size > 1 for c, _ in after) or any(set(f) - {common} for _, f in after):
+        return
+    avals = [env.program.avals[v] for v in call.inputs]
+    ruled = quadrature.slope_by_rule(call, [_formula(a) for a in outer], avals, k)
+    if ruled is not None:
+        result.slopes = {node: function_of(common, ruled)}
+
+
+def _quotient(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...]) -> Value:
+    """A polynomial times 1 / b, for a function b of one source."""
+    above, below = args
+    base = _common([below])
+    if base is None:
+        raise NoRule("no rule for `div` by a constant array")
+    casts = [env.program.dtype(v) for v in op.inputs]
+    formulas = [quadrature.constant(1.0), _formula(below)]
+    inverse = function_of(base, quadrature.of_op(op, formulas, casts))
+    slope = function_of(base, quadrature.slope(op, formulas, casts, 1))
+    result = _result(
+        shape, times(above.terms, inverse), args,
+        _linear_slopes([(above, inverse), (below, times(above.terms, slope))]),
+    )  # fmt: skip
+    if are_dependent(result.terms):
+        result.notes |= {DEPENDENT}
+    return result
+
+
+def _selected(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...]) -> Value:
+    """p a + (1 - p) b, for a truth value p of its own."""
+    which, *cases = args
+    if len(cases) != 2:
+        raise NoRule("no rule for `select_n` among more than two")
+    rank = len(shape)
+    if which.array is not None and which.array.size > 1:
+        for k, case in enumerate(cases):
+            other = cases[1 - k]
+            if (c := case.number) is not None and c < _MASKED:
+                result = dataclasses.replace(other, slopes=dict(other.slopes), array=None)
+                seen = which.array.astype(bool) if k == 0 else ~which.array.astype(bool)
+                result.visible = seen if result.visible is None else result.visible & seen
+                return result
+    if not which.is_constant and len(which.terms) > 1:
+        env.collapse(which)
+    yes = list(which.terms)
+    no = merged([*unit(rank), *scaled(yes, -1.0)])
+    terms = merged([*times(cases[0].terms, no), *times(cases[1].terms, yes)])
+    result = _result(shape, terms, args, _linear_slopes([(cases[0], no), (cases[1], yes)]))
+    if are_dependent(terms):
+        result.notes |= {DEPENDENT}
+    return result
+
+
+def _of_two(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...]) -> Value:
+    """A function of two independent values, by their joint distribution."""
+    sources = [_common([a]) for a in args]
+    if any(s is None for s in sources):
+        raise NoRule(f"no rule for `{op.name}` with a constant array")
+    left, right = (s for s in sources if s is not None)
+    rank = len(shape)
+    casts = [env.program.dtype(v) for v in op.inputs]
+    z, w = np.polynomial.hermite_e.hermegauss(_GRID)
+    w = w / w.sum()
+    drawn, correlations = [], []
+    for s in (left, right):
+        m = float(s.mean.mean())
+        v = max(float((same(s.second, rank) - s.mean**2).mean()), 1e-300)
+        drawn.append(m + math.sqrt(v) * z if s.quantile is None else s.quantile.values(m, math.sqrt(v), z))
+        rho = np.clip((s.second.mean(tuple(range(rank, 2 * rank)), keepdims=True) - m * m) / v, -1, 1)
+        correlations.append(quadrature.latent(s.quantile, rho))
+    a, b = np.meshgrid(*drawn, indexing="ij")
+    flat = [jnp.asarray(x.ravel(), d) for x, d in zip((a, b), casts, strict=True)]
+    f = np.asarray(jaxprs.bind(op, flat)[0], np.float64).reshape(a.shape)
+    basis = np.polynomial.hermite_e.hermevander(z, _ORDER) / np.sqrt(special.factorial(np.arange(_ORDER + 1)))
+    c2 = np.square((basis * w[:, None]).T @ f @ (basis * w[:, None]))
+    weight = np.outer(w, w)
+    mean, q = float((weight * f).sum()), float((weight * f * f).sum())
+    powers = [correlation[..., None] ** np.arange(_ORDER + 1) for correlation in correlations]
+    second = np.einsum("...k,kl,...l->...", powers[0], c2, powers[1]) + 0.0
+    second[(0,) * rank] = q
+    quantile = Quantile.of_samples(f.ravel(), weight.ravel())
+    source = Source(
+        shape, np.full((1,) * rank, mean), settled(second, shape), quantile, left.relatives | right.relatives
+    )
+    parts = []
+    if op.primitive not in FLAT:
+        for k, value in enumerate(args):
+            one = [jnp.zeros(f.size, jnp.asarray(x).dtype) for x in flat]
+            one[k] = one[k] + 1
+            d = np.asarray(jax.jvp(lambda *xs: jaxprs.bind(op, xs)[0], flat, one)[1], np.float64).reshape(f.shape)
+            moment = float((weight * d * d).sum())
+            parts.append((value, functools.partial(np.multiply, moment)))
+    notes = {DEPENDENT} if left.relatives & right.relatives else set()
+    return env.made(source, parts, notes)

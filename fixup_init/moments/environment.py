@@ -1,0 +1,127 @@
+"""The values of a program, and how a rule makes new ones: what every rule is given."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from fixup_init.jaxprs import Op, Program, p
+from fixup_init.moments.distributions import distribution
+from fixup_init.moments.lattice import Lattice
+from fixup_init.moments.polynomials import DEPENDENT, are_dependent, kin_of, moments_of
+from fixup_init.moments.values import (
+    Node,
+    Source,
+    Value,
+    Way,
+    function_of,
+    is_unit,
+    known,
+    of_source,
+    sole_source,
+    unit,
+    unknown,
+)
+
+MOST = 1 << 24  # entries of a constant array that is looked through
+
+
+class NoRule(Exception):
+    """An operation, or a use of it, that no rule covers."""
+
+
+class Environment:
+    """Values of a program by their numbers, in the moments domain.
+
+    Args:
+      program: whose values these are.
+      rows: below which whole numbers of data lie.
+    """
+
+    def __init__(self, program: Program, rows: int = 2) -> None:
+        self.program = program
+        self.rows = rows
+        self.values: dict[int, Value] = {}
+        self.at: tuple[int, ...] = ()  # the pass of every scan around the operation
+        self.stacks: dict[int, list[Value]] = {}  # by what a scan's body makes: its values in all passes
+        self.nodes = itertools.count()
+        self.is_weight: Callable[[int], bool] = lambda value: False
+        self.calls = dict(_calls(program.steps))
+
+    def read(self, value: int) -> Value:
+        """A value by its number; a constant of the program is looked at when it is first read."""
+        if value not in self.values:
+            shape = self.program.shape(value)
+            constant = self.program.constants.get(value)
+            dtype = self.program.dtype(value)
+            if constant is None or not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
+                self.values[value] = unknown(shape, "unknown: a value that nothing gives")
+            elif math.prod(shape) > MOST:
+                self.values[value] = unknown(shape, "unknown: a constant array that is too large to look through")
+            else:
+                self.values[value] = known(shape, np.asarray(constant))
+        return self.values[value]
+
+    def node(self, value: Value) -> Node | None:
+        """The node at which the cotangent of a value is known; None where it does not depend on inputs."""
+        if not value.slopes:
+            return None
+        if len(value.slopes) == 1:
+            ((node, terms),) = value.slopes.items()
+            if is_unit(terms):
+                return node
+        inputs = [Way(node, slope=terms) for node, terms in value.slopes.items()]
+        made = Node(next(self.nodes), value.shape, inputs, list(value.terms))
+        value.slopes = {made: unit(value.rank)}
+        return made
+
+    def collapse(self, value: Value) -> Source | None:
+        """Makes a value one source, in place; None where it is a constant."""
+        if value.is_constant:
+            return None
+        if (found := sole_source(value.terms)) is not None:
+            return found
+        if are_dependent(value.terms):
+            value.notes |= {DEPENDENT}
+        mean, second = moments_of(value)
+        source = Source(value.shape, mean, second, distribution(value.terms), kin_of(value.terms))
+        node = self.node(value)
+        if node is not None:
+            node.source = source
+        value.terms = function_of(source)
+        return source
+
+    def made(
+        self, source: Source, inputs: Sequence[tuple[Value, Callable[[Lattice], Lattice]]], notes: Iterable[str] = (),
+        keeps: bool = False,
+    ) -> Value:  # fmt: skip
+        """A value that is a source of its own, with the way of cotangents back to what it was made of."""
+        value = of_source(source)
+        value.notes = frozenset(notes).union(*(v.notes for v, _ in inputs))
+        back = [Way(node, pull, keeps=keeps) for v, pull in inputs if (node := self.node(v)) is not None]
+        if back:
+            node = Node(next(self.nodes), source.shape, back, list(value.terms))
+            value.slopes = {node: unit(value.rank)}
+        if not np.any(source.second):
+            value.terms = []
+        return value
+
+    def weights(self, op: Op) -> tuple[bool, ...]:
+        """Which arguments of an operation are random weights."""
+        return tuple(self.is_weight(v) for v in op.inputs)
+
+
+Rule = Callable[[Environment, Op, list[Value]], Value | list[Value]]
+
+
+def _calls(steps: Iterable[Op]) -> Iterable[tuple[int, Op]]:
+    """Results of calls with a derivative of their own."""
+    for step in steps:
+        if step.body is not None:
+            yield from _calls(step.body.steps)
+        elif step.primitive is p.custom_jvp_call_p and len(step.outputs) == 1:
+            yield step.outputs[0], step

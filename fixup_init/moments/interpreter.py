@@ -1,0 +1,189 @@
+"""The forward pass: a program's operations in order, by their rules; scans pass by pass.
+
+What no rule covers makes its results unknown, and what is made of these, each with the reason. With `strict` a rule
+that fails raises instead. Operations on constants are evaluated as they are, as far as the arrays are small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fixup_init import jaxprs, quadrature
+from fixup_init.jaxprs import Op, Program, p
+from fixup_init.moments import random_bits
+from fixup_init.moments.elementwise import elementwise
+from fixup_init.moments.environment import MOST, Environment, NoRule
+from fixup_init.moments.rules import RULES
+from fixup_init.moments.values import Node, Value, known, unit, unknown
+
+# Operations that say the same of an array as of one that only repeats it.
+_PLAIN = frozenset({p.gather_p, p.slice_p, p.concatenate_p, p.transpose_p, p.reshape_p, p.squeeze_p})
+
+
+class Interpreter(Environment):
+    """Evaluates a program in the moments domain.
+
+    Args:
+      program: what to evaluate.
+      rows: below which whole numbers of data lie.
+      taps: values whose nodes are kept.
+    """
+
+    def __init__(self, program: Program, rows: int = 2, taps: Iterable[int] = ()) -> None:
+        super().__init__(program, rows)
+        self.taps = frozenset(taps)
+        self.tapped: dict[tuple[int, tuple[int, ...]], tuple[Node | None, Value]] = {}
+        self.instead: dict[int, Callable[[Op], list[Value]]] = {}  # by id of an operation: what to do with it
+        self.is_activation: Callable[[int], bool] = lambda value: False
+        self.strict = False  # whether a rule that fails raises
+
+    def run(self, ops: Sequence[Op], level: int = 0) -> None:
+        """Evaluates operations in order; a scan's body once for each pass."""
+        k = 0
+        while k < len(ops):
+            op = ops[k]
+            loop = _loop_at(op, level)
+            if loop is None:
+                self.one(op)
+                k += 1
+                continue
+            end = k
+            while end < len(ops) and _loop_at(ops[end], level) is loop:
+                end += 1
+            self.scan(loop, ops[k:end], level)
+            k = end
+
+    def scan(self, loop: Any, body: Sequence[Op], level: int) -> None:
+        """Evaluates a scan's body for each of its passes; `level` scans are around it."""
+        outs: dict[int, list[Value]] = {}
+        stacked = [
+            op.inputs[0] for op in self.program.ops
+            if op.primitive is jaxprs.STACK_OUT and any(op.inputs[0] in b.outputs for b in body)
+        ]  # fmt: skip
+        carried = [op for op in body if op.primitive is jaxprs.CARRY_IN and op.loop is loop]
+        rest = [op for op in body if not (op.primitive is jaxprs.CARRY_IN and op.loop is loop)]
+        starts = {op.outputs[0]: self.read(op.inputs[0]) for op in carried}
+        self.values.update(starts)
+        for done in range(loop.length):
+            self.at = (*self.at, done)
+            for op in carried:
+                self.tap(op)
+            self.run(rest, level + 1)
+            self.at = self.at[:-1]
+            for v in stacked:
+                outs.setdefault(v, []).append(self.read(v))
+            nexts = {carry: self.read(out) for carry, out in loop.carries if carry in starts}
+            if done < loop.length - 1:
+                self.values.update(nexts)
+        for v in stacked:
+            self.values[v] = outs[v][-1]
+            self.stacks[v] = outs[v]
+
+    def one(self, op: Op) -> None:
+        """Evaluates an operation, and records why its results are not known where no rule covers it."""
+        handler = self.instead.get(id(op))
+        try:
+            with np.errstate(all="ignore"):
+                results = handler(op) if handler is not None else self.apply(op)
+        except NoRule as none:
+            results = [unknown(self.program.shape(v), f"unknown: {none}") for v in op.outputs]
+        except (ValueError, IndexError, TypeError, KeyError, AssertionError, np.linalg.LinAlgError) as error:
+            if self.strict:
+                raise
+            del error  # a form of the operation that its rule does not foresee
+            why = f"unknown: no rule for this use of `{op.name}`"
+            results = [unknown(self.program.shape(v), why) for v in op.outputs]
+        for v, value in zip(op.outputs, results, strict=True):
+            self.values[v] = value
+        self.tap(op)
+
+    def tap(self, op: Op) -> None:
+        """Keeps the results that are tapped, with their nodes."""
+        for v in op.outputs:
+            if v in self.taps:
+                value = self.values[v]
+                if not value.unknown and not value.slopes and self.is_activation(v):  # behind whole numbers
+                    root = Node(next(self.nodes), value.shape, [], list(value.terms))
+                    value.slopes = {root: unit(value.rank)}
+                node = None if value.unknown else self.node(value)
+                self.tapped[v, self.at] = (node, dataclasses.replace(value, terms=list(value.terms)))
+
+    def apply(self, op: Op) -> list[Value]:
+        """The results of an operation, by its rule."""
+        args = [self.read(v) for v in op.inputs]
+        shapes = [self.program.shape(v) for v in op.outputs]
+        primitive: Any = op.primitive
+        if (drawn := random_bits.drawn(op, shapes)) is not None:
+            return drawn
+        if primitive is p.iota_p and not op.inputs:
+            return [_iota(op, shapes[0])]
+        if args and all(a.array is not None for a in args):
+            found = self.constants(op, args, shapes)
+            if found is not None:
+                return found
+        rule = RULES.get(primitive)
+        if rule is None and quadrature.is_elementwise(primitive):
+            rule = elementwise
+        bad = next((a for a in args if a.unknown), None)
+        if bad is not None:
+            return [unknown(s, bad.unknown) for s in shapes]
+        if rule is None:
+            raise NoRule(f"no rule for `{op.name}`")
+        results = rule(self, op, args)
+        return results if isinstance(results, list) else [results]
+
+    def constants(self, op: Op, args: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> list[Value] | None:
+        """The results of an operation on constants."""
+        primitive: Any = op.primitive
+        profile = any(a.array is not None and a.array.size > 1 and a.is_constant for a in args)
+        if quadrature.is_elementwise(primitive):
+            rank = len(shapes[0])
+            arrays = [a.array for a in args if a.array is not None]
+            arrays = np.broadcast_arrays(*(x.reshape((1,) * (rank - x.ndim) + x.shape) for x in arrays))
+        elif primitive is p.broadcast_in_dim_p:
+            inner = args[0].array
+            assert inner is not None
+            shape = [1] * len(shapes[0])
+            for a, d in enumerate(op.params["broadcast_dimensions"]):
+                shape[d] = inner.shape[a]
+            return [known(shapes[0], inner.reshape(shape), profile)]
+        elif not isinstance(primitive, jaxprs.Marker) and all(
+            math.prod(s) <= MOST for s in (*shapes, *(a.shape for a in args))
+        ):
+            if primitive in (p.dot_general_p, p.conv_general_dilated_p):
+                return None
+            repeats = any(a.array is not None and a.array.size < math.prod(a.shape) for a in args)
+            if repeats and primitive in RULES and primitive not in _PLAIN:
+                return None
+            arrays = [np.broadcast_to(a.array, a.shape) for a in args]  # pyright: ignore
+        else:
+            return None
+        try:
+            dtypes = [self.program.dtype(v) for v in op.inputs]
+            found = jaxprs.bind(op, [jnp.asarray(x, d) for x, d in zip(arrays, dtypes, strict=True)])
+        except Exception:
+            return None
+        return [known(s, np.asarray(x), profile) for s, x in zip(shapes, found, strict=True)]
+
+
+def _loop_at(op: Op, level: int) -> Any:
+    """The scan around an operation that has `level` scans around itself; None where there is none."""
+    loops = []
+    loop = op.loop
+    while loop is not None:
+        loops.append(loop)
+        loop = loop.parent
+    return loops[-1 - level] if len(loops) > level else None
+
+
+def _iota(op: Op, shape: tuple[int, ...]) -> Value:
+    """0, 1, 2 and so on, along one axis."""
+    axis = op.params["dimension"]
+    count = np.arange(shape[axis]).astype(op.params["dtype"])
+    return known(shape, count.reshape([-1 if a == axis else 1 for a in range(len(shape))]))

@@ -1,0 +1,98 @@
+"""What goes into and out of scans, and conditionals."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from fixup_init import jaxprs
+from fixup_init.jaxprs import Op
+from fixup_init.moments.distributions import distribution
+from fixup_init.moments.environment import Environment, NoRule, Rule
+from fixup_init.moments.lattice import PROFILE, Lattice, joined, parted, profile_size, settled, spread
+from fixup_init.moments.polynomials import kin_of, moments_of
+from fixup_init.moments.rearranging import Move, moved, reshaped_value
+from fixup_init.moments.values import Source, Value, numbers, unknown
+
+
+def carry_out(env: Environment, op: Op, args: list[Value]) -> Value:
+    return args[0]
+
+
+def slice_in(env: Environment, op: Op, args: list[Value]) -> Value:
+    """What one pass reads of an array."""
+    value = args[0]
+    shape = value.shape[1:]
+    rank = value.rank
+    at = env.at[-1] if env.at else 0
+    n = value.shape[0]
+
+    def lattice(l: Lattice) -> Lattice:
+        one = np.take(l, 0, 0)
+        return np.take(one, min(at, one.shape[rank - 1] - 1), rank - 1)
+
+    def back(l: Lattice) -> Lattice:
+        l = np.expand_dims(np.expand_dims(l, rank - 1), 0)
+        return settled(np.concatenate([l / n, np.zeros_like(l)], 0), value.shape)
+
+    move = Move(("pass", at, next(numbers) if value.slopes else 0), shape, lattice,
+                 lambda x: np.take(x, min(at, x.shape[0] - 1), 0), back)  # fmt: skip
+    return moved(env, value, move)
+
+
+def stack_out(env: Environment, op: Op, args: list[Value]) -> Value:
+    """Results of the passes of a scan, as one array: the passes as a profile."""
+    shape = env.program.shape(op.outputs[0])
+    parts = env.stacks.get(op.inputs[0], [args[0]] * shape[0])
+    bad = next((a for a in parts if a.unknown), None)
+    if bad is not None:
+        return unknown(shape, bad.unknown)
+    rank = len(shape)
+    rows = [reshaped_value(env, a, (1, *a.shape)) for a in parts]
+    found = [moments_of(a) for a in rows]
+    n = len(rows)
+    profile = n * max(profile_size(m, l, rank) for m, l in found) <= PROFILE
+    shapes = np.broadcast_shapes(*(l.shape for _, l in found))
+    means = np.broadcast_shapes(*(m.shape for m, _ in found))
+    one = np.concatenate([np.broadcast_to(l, shapes)[0:1] for _, l in found], rank)
+    mean = np.concatenate([np.broadcast_to(m, means) for m, _ in found], 0)
+    _, across = parted(spread(mean), 0)
+    if n > 1:  # other passes: the product of means, less what equal ones add to it
+        across = across.mean(rank, keepdims=True)
+    if not profile:
+        one, mean = one.mean(rank, keepdims=True), mean.mean(0, keepdims=True)
+    second = joined(one, across, 0)
+    source = Source(shape, mean, settled(second, shape), distribution(parts[-1].terms),
+                    frozenset().union(*(kin_of(a.terms) for a in rows)))  # fmt: skip
+
+    def back(k: int, l: Lattice) -> Lattice:
+        one = np.take(l, [0], 0)
+        at = np.take(one, [min(k, one.shape[rank] - 1)], rank)
+        return np.repeat(at, 2, 0)
+
+    return env.made(source, [(a, functools.partial(back, k)) for k, a in enumerate(rows)])
+
+
+def choose(env: Environment, op: Op, args: list[Value]) -> Value:
+    """A conditional: the arm that is taken, or any of them where they are alike."""
+    *arms, index = args
+    if (k := index.number) is not None:
+        return arms[min(max(round(k), 0), len(arms) - 1)]
+    found = [moments_of(a) for a in arms]
+    first = found[0]
+    for m, l in found[1:]:
+        if not (np.allclose(m, first[0]) and np.allclose(l, first[1], rtol=1e-3)):
+            raise NoRule("no rule for a conditional (`cond`) whose arms differ")
+    return env.made(
+        Source(arms[0].shape, *first, distribution(arms[0].terms)), [(a, lambda l: l / len(arms)) for a in arms]
+    )
+
+
+RULES: dict[Any, Rule] = {
+    jaxprs.CARRY_OUT: carry_out,
+    jaxprs.SLICE_IN: slice_in,
+    jaxprs.STACK_OUT: stack_out,
+    jaxprs.CHOOSE: choose,
+}

@@ -1,0 +1,30 @@
+"""The table of rules: what is done with each operation that is not elementwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fixup_init.moments import (
+    contraction,
+    convolution,
+    gather,
+    joining,
+    loops,
+    pooling,
+    random_bits,
+    rearranging,
+    reductions,
+)
+from fixup_init.moments.environment import Rule
+
+RULES: dict[Any, Rule] = {
+    **contraction.RULES,
+    **convolution.RULES,
+    **gather.RULES,
+    **joining.RULES,
+    **loops.RULES,
+    **pooling.RULES,
+    **random_bits.RULES,
+    **rearranging.RULES,
+    **reductions.RULES,
+}

@@ -1,0 +1,177 @@
+"""Softmax: where a program has one, and the second moments of its weights.
+
+E sum a_k^2 over n scores follows from their variance by one integral, exact where they are independent; that of two
+rows is between this and 1 / n, as their scores are correlated. Weights are taken as independent of the values that they
+weigh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fixup_init import jaxprs
+from fixup_init.jaxprs import Op, Program, p
+from fixup_init.moments.environment import Environment
+from fixup_init.moments.lattice import PROFILE, Lattice, settled
+from fixup_init.moments.polynomials import kin_of, second_of
+from fixup_init.moments.values import Source, Value, padded, unknown
+
+INSIDE = "an exponential inside of a softmax"
+TOKENS = "approximate: attention weights are taken as independent of the values that they weigh"
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """exp(s) / sum exp(s), with or without the largest taken off first."""
+
+    source: int
+    axes: tuple[int, ...]
+    inside: tuple[Op, ...]
+    end: Op
+
+
+_PASSED = frozenset({
+    p.broadcast_in_dim_p, p.reshape_p, p.convert_element_type_p, p.squeeze_p, p.copy_p, p.stop_gradient_p,
+    jaxprs.IDENTITY,
+})  # fmt: skip
+
+
+def softmaxes(program: Program) -> list[Softmax]:
+    """Every softmax of a program."""
+    maker = {v: op for op in program.ops for v in op.outputs}
+
+    def back(value: int, passed: frozenset[Any] = _PASSED) -> tuple[int, Op | None]:
+        while (op := maker.get(value)) is not None and op.primitive in passed:
+            value = op.inputs[0]
+        return value, op
+
+    found = []
+    for op in program.ops:
+        if op.primitive is not p.div_p:
+            continue
+        _, divisor = back(op.inputs[1])
+        above, exponential = back(op.inputs[0], frozenset({p.convert_element_type_p, p.copy_p}))
+        if divisor is None or divisor.primitive is not p.reduce_sum_p or exponential is None:
+            continue
+        if back(divisor.inputs[0], frozenset({p.convert_element_type_p, p.copy_p}))[0] != above:
+            continue
+        if exponential.primitive is not p.exp_p:
+            continue
+        source, inside = exponential.inputs[0], [exponential, divisor]
+        less = maker.get(source)
+        if less is not None and less.primitive is p.sub_p:
+            value, largest = back(less.inputs[1])
+            while largest is not None and largest.primitive is p.max_p:
+                value, largest = back(next((v for v in largest.inputs if v not in program.constants), value))
+            if largest is not None and largest.primitive is p.reduce_max_p:
+                source = less.inputs[0]
+                inside.append(less)
+        found.append(Softmax(source, tuple(divisor.params["axes"]), tuple(inside), op))
+    return found
+
+
+@functools.lru_cache(4096)
+def softmax_square(variance: float, n: int) -> float:
+    """E sum_k a_k^2 of a softmax over n independent scores of a variance.
+
+    1 / (sum e^s)^2 = int t exp(-t sum e^s) dt makes it n int t E[e^(2s - t e^s)] E[e^(-t e^s)]^(n-1) dt.
+    """
+    if n <= 1:
+        return 1.0
+    if variance <= 0:
+        return 1.0 / n
+    z = np.linspace(-9, 9, 721)
+    w = np.exp(-z * z / 2)
+    w /= w.sum()
+    s = math.sqrt(variance) * z
+    top = math.sqrt(2 * variance * math.log(n + 1)) + variance / 2 + math.log(n)
+    tau = np.linspace(-top - 25, 12 * math.sqrt(variance) + 8, 1200)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+        decay = np.exp(-np.exp(np.clip(tau[:, None] + s, -700, 700)))
+        zero = decay @ w
+        two = (decay * np.exp(2 * (s + tau[:, None]))) @ w
+        integrand = np.where(zero > 0, np.nan_to_num(two) * zero ** (n - 1), 0.0)
+    found = n * float(integrand.sum() * (tau[1] - tau[0]))
+    return float(np.clip(found, 1.0 / n, 1.0))
+
+
+def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
+    """Attention weights: their second moments from the variance of scores along the axes."""
+    if value.unknown:
+        return unknown(value.shape, value.unknown)
+    rank, shape = value.rank, value.shape
+    second = second_of(value.terms, rank, shape)
+    flat = second.mean(tuple(range(rank, 2 * rank)))
+    n = math.prod(shape[a] for a in axes)
+    keys = tuple(1 if a in axes and shape[a] > 1 else 0 for a in range(rank))
+
+    def with_keys(mask: Sequence[int]) -> tuple[int, ...]:
+        """The set of axes with all of those of the keys."""
+        return tuple(max(m, k) for m, k in zip(mask, keys, strict=True))
+
+    def beyond(mask: Sequence[int]) -> bool:
+        """Whether two weights differ in their keys."""
+        return any(m and k for m, k in zip(mask, keys, strict=True))
+
+    v = max(float(flat[(0,) * rank] - flat[keys]), 0.0)
+    counts = np.full((1,) * rank, n)
+    if value.visible is not None:
+        seen = value.visible.reshape(padded(value.visible.shape, rank))
+        for a in axes:
+            if seen.shape[a] == 1:
+                seen = np.repeat(seen, shape[a], a)
+        counts = np.maximum(seen.sum(axes, keepdims=True), 1)
+    if counts.size > PROFILE:
+        counts = counts.reshape(-1)[:: counts.size // PROFILE + 1].reshape(-1, *(1,) * (rank - 1))
+    each = {int(c): softmax_square(round(v, 9), int(c)) for c in np.unique(counts)}
+    if len(each) > 64:
+        chosen = sorted(each)[:: len(each) // 32]
+        each = {int(c): float(np.interp(c, chosen, [each[k] for k in chosen])) for c in each}
+    squares = np.vectorize(each.__getitem__, otypes=[float])(counts)
+    s2 = float(squares.mean())
+    inverse = float((1.0 / counts).mean())
+    ordered = np.sort(counts.ravel())
+    rank_of = np.arange(1, ordered.size + 1)
+    largest = float(((2 * rank_of - 1) / ordered.size**2 / ordered).sum())  # E 1 / max of two rows' counts
+    made = np.zeros((2,) * rank + (1,) * rank)
+    for mask in itertools.product((0, 1), repeat=rank):
+        if beyond(mask):
+            continue
+        if not any(m and shape[a] > 1 for a, m in enumerate(mask)):
+            one = s2 / n
+        else:
+            kappa = float(np.clip(flat[mask] - flat[with_keys(mask)], 0.0, v))
+            moved = any(mask[a] and counts.shape[a] > 1 for a in range(rank)) if counts.ndim == rank else True
+            low = largest if moved else inverse
+            share = math.expm1(min(kappa, 500)) / math.expm1(min(v, 500)) if v > 0 else 0.0
+            one = (low + max(s2 - low, 0.0) * share) / n
+        made[mask] = one
+        made[with_keys(mask)] = (1.0 / n - one) / (n - 1) if n > 1 else one
+    for mask in itertools.product((0, 1), repeat=rank):  # several key axes: any of them
+        if beyond(mask):
+            made[mask] = made[with_keys(mask)]
+    source = Source(shape, np.full((1,) * rank, 1.0 / n), settled(made, shape), None, kin_of(value.terms))
+
+    def back(l: Lattice) -> Lattice:
+        l = l.mean(tuple(range(rank, 2 * rank)), keepdims=True)
+        found = np.zeros_like(made)
+        for mask in itertools.product((0, 1), repeat=rank):
+            if beyond(mask):
+                continue
+            other = with_keys(mask)
+            part = made[mask] * (l[mask] - l[other]) * (1 - s2)
+            found[mask] = part
+            found[other] = -part / max(n - 1, 1)
+        for mask in itertools.product((0, 1), repeat=rank):
+            if beyond(mask):
+                found[mask] = found[with_keys(mask)]
+        return settled(found, shape)
+
+    return env.made(source, [(value, back)], {TOKENS})
