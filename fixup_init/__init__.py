@@ -7,7 +7,6 @@ measure how the signal drifts with depth, `predict` says how it should, `verdict
 from fixup_init import checks as checks
 from fixup_init import initializers as initializers
 from fixup_init import schemes as schemes
-from fixup_init.analyze import DataError as DataError
 from fixup_init.analyze import analyze as analyze
 from fixup_init.analyze import compare as compare
 from fixup_init.frameworks import Function as Function
@@ -15,6 +14,7 @@ from fixup_init.frameworks import ModelError as ModelError
 from fixup_init.initialize import init as init
 from fixup_init.initialize import plan as plan
 from fixup_init.jaxprs import UnknownPrimitiveError as UnknownPrimitiveError
+from fixup_init.measurement import DataError as DataError
 from fixup_init.optim import optimizer as optimizer
 from fixup_init.plan import Entry as Entry
 from fixup_init.plan import Plan as Plan

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fixup_init import jaxprs, moments, schemes, taps
-from fixup_init.analyze import Probe, probe_values
 from fixup_init.frameworks import ModelError
 from fixup_init.graph import Leaf, ancestors
 from fixup_init.jaxprs import Op
+from fixup_init.measurement import Probe, probe_values
 from fixup_init.moments import Interpreter, Node, Normalization, Value
 from fixup_init.plan import Entry, Plan
 from fixup_init.propagation import Propagation, Row, Statistics

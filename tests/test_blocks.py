@@ -14,7 +14,7 @@ from zoo_families import FAMILIES
 
 import fixup_init as fi
 from fixup_init import blocks, taps
-from fixup_init.analyze import prepare, run
+from fixup_init.measurement import prepare, run
 from fixup_init.models.resnet import cifar_resnet
 from fixup_init.tracing import Traced, trace
 

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 
 from fixup_init import schemes
-from fixup_init.analyze import analyze, measure, over_steps
+from fixup_init.analyze import analyze, over_steps
 from fixup_init.initialize import draw
+from fixup_init.measurement import measure
 from fixup_init.plan import Plan
 from fixup_init.propagation import Direction, Propagation
 from fixup_init.sample import typed_key

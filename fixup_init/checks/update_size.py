@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fixup_init import blocks, schemes
-from fixup_init.analyze import loss_cotangents, values_of
 from fixup_init.initialize import draw
+from fixup_init.measurement import loss_cotangents, values_of
 from fixup_init.plain import plain
 from fixup_init.plan import Plan
 from fixup_init.sample import typed_key

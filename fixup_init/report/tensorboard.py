@@ -78,7 +78,7 @@ def _scalars(one: Propagation, by: str) -> Iterator[tuple[str, float, int]]:
             if step is None:
                 continue
             for key, value in record.items():
-                if key.startswith(f"{group}_") and not math.isnan(value):
+                if key.startswith(f"{group}_") and math.isfinite(value):
                     yield f"{group}/{key.removeprefix(f'{group}_')}", value, step
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import fixup_init as fi
 from fixup_init import blocks
-from fixup_init.analyze import prepare, values_of
+from fixup_init.measurement import prepare, values_of
 from fixup_init.models.resnet import cifar_resnet
 from fixup_init.tracing import trace
 
@@ -37,7 +37,7 @@ BLOCKWISE = "fi.analyze(model, variables, x)"
 # Value and gradient with every activation that is tapped as a result: what there is without blocks.
 WHOLE = """
 from fixup_init import blocks
-from fixup_init.analyze import prepare, values_of
+from fixup_init.measurement import prepare, values_of
 from fixup_init.tracing import trace
 traced = trace(model, (x,), {})
 params, state = traced.application.separate(variables)
