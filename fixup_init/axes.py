@@ -34,6 +34,7 @@ _REDUCTIONS = frozenset({
 })  # fmt: skip
 _WINDOWS = frozenset({p.reduce_window_sum_p, p.reduce_window_p, p.reduce_window_max_p, p.reduce_window_min_p})
 _CUMULATIVE = frozenset({p.cumsum_p, p.cummax_p, p.cummin_p})
+_SCATTERS = frozenset({p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_min_p, p.scatter_max_p})
 _MIXING = _REDUCTIONS | _WINDOWS | _CUMULATIVE | {p.dot_general_p}
 
 
@@ -116,6 +117,8 @@ def _through(graph: Graph, op: Op, known: Mapping[int, Pieces]) -> list[Pieces]:
         )  # fmt: skip
     elif primitive is p.gather_p:
         out = _gathered(op, known)
+    elif primitive in _SCATTERS:
+        out = first
     else:  # elementwise, or one that keeps the number of axes
         return [
             next((known[v] for v in op.inputs if v in known and len(shape(v)) == len(shape(o))), ()) for o in op.outputs

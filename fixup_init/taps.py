@@ -99,6 +99,8 @@ def layouts(graph: Graph, taps: Iterable[Tap]) -> dict[int, Layout]:
     for tap in taps:
         layout = found.get(tap.value) or Layout(_channel(graph, tap.value))
         for axis, examples, inner in batch.get(tap.value, ())[:1]:
+            if graph.program.shape(tap.value)[axis] % max(examples * inner, 1):
+                continue  # a part of the examples, or what was gathered from them into other rows
             layout = layout._replace(example=int(axis), examples=int(examples), inner=int(inner))
         found[tap.value] = layout._replace(limits=tap.limits or layout.limits)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -19,12 +20,31 @@ from fixup_init.models.resnet import cifar_resnet
 from fixup_init.tracing import Traced, trace
 
 QUICK = ("function", "time-conditioned", "densenet", "decoder-tied", "nnx-transformer", "layer-drop", "equinox-mlp")
-CASES = {case.name: case for case in ZOO + FAMILIES}
+# Compiling whole models takes CI's minutes (20 and more for all), so that these stand for their kinds. Left out for
+# their cost: large networks (resnet50, 56 and 110, ddpm, unet, swin, recurrent) and relatives of these (vit, gpt2).
+SLOW = (
+    "resnet20-v1", "resnet20-v1-nnx", "resnet20-v2", "encoder-post", "squeeze-excite", "highway", "autoencoder",
+    "poolformer", "nfnet", "experts", "conformer", "discriminator", "mobilenet-v2", "shared-depth", "nnx-scan",
+    "shufflenet-v1", "dit", "gan-class", "rcan", "fpn", "bert", "llama-scan-remat", "lora", "mixtral",
+    "transformer-xl", "ngpt", "perceiver", "universal-adaptive", "lstm-residual", "mamba", "rwkv", "s4d", "tcn",
+    "switched", "evoformer", "gat", "euler", "mesh-graph-net", "haiku-transformer", "haiku-vqvae", "equinox-scan",
+    "nnx-inverted",
+)  # fmt: skip
+CASES = {case.name: case for case in ZOO + FAMILIES if case.name in QUICK + SLOW}
 
 
 def over_zoo() -> Any:
-    marked = [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * (c.name not in QUICK)) for c in CASES.values()]
+    marked = [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * (c.name in SLOW)) for c in CASES.values()]
     return pytest.mark.parametrize("case", marked)
+
+
+@pytest.fixture(autouse=True)
+def compiled_in_haste() -> Iterator[None]:
+    """What is compiled here runs once: a third of the time is saved."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def drawn(tree: Any, key: jax.Array, positive: bool = False) -> Any:
@@ -43,11 +63,13 @@ def drawn(tree: Any, key: jax.Array, positive: bool = False) -> Any:
 
 
 def close(found: Any, whole: Any, largest: float = 0.0) -> None:
-    """To float tolerance: sums in another order. In units of the array's largest entry, and of the `largest` of all,
-    since what cancels, such as the gradient of a key's bias, is noise."""
+    """To float tolerance: sums in another order. In units of the array's largest entry, and of float32's resolution of
+    the `largest` of all, since what cancels exactly, such as the gradient of a bias before a normalization, is nothing
+    but rounding: some tens of terms, each rounded to eps, of the size of those that do not cancel."""
     whole = np.asarray(whole, np.complex128 if np.iscomplexobj(whole) else np.float64)
-    size = max(np.abs(whole).max(initial=0), 1e-3 * largest, 1e-30)
-    np.testing.assert_allclose(np.asarray(found), whole, rtol=0, atol=2e-4 * size)
+    size = max(np.abs(whole).max(initial=0), 1e-30)
+    allowed = max(2e-4 * size, 32 * float(np.finfo(np.float32).eps) * largest)
+    np.testing.assert_allclose(np.asarray(found), whole, rtol=0, atol=allowed)
 
 
 @over_zoo()
@@ -61,11 +83,11 @@ def test_blocks_give_what_the_whole_model_gives(case: Case) -> None:
     values = dict(zip(program.inputs, jax.tree.leaves((params, state, noise, arrays)), strict=True))
     env, _ = blocks.forward(traced.graph, setup.blocks, values)
 
-    def whole(params: Any) -> list[Any]:
-        result = application.apply(params, state, noise, tuple(arrays))
-        return [x for x in jax.tree.leaves(result) if isinstance(x, jax.Array)]
+    @jax.jit
+    def whole(params: Any, *rest: Any) -> list[Any]:  # NNX modules change only state of their own trace
+        return [x for x in jax.tree.leaves(application.apply(params, *rest)) if isinstance(x, jax.Array)]
 
-    results, pull = jax.vjp(jax.jit(whole), params)
+    results, pull = jax.vjp(lambda params: whole(params, state, noise, tuple(arrays)), params)
     for v, result in zip(program.outputs, results, strict=True):
         close(env[v], result)
     probes = [
@@ -102,6 +124,14 @@ def test_every_family_is_analyzed(case: Case) -> None:
     assert len(made) == len(list(taps.unrolled(setup.taps)))
     assert all(row.forward is not None and row.forward.finite == 1 for row in made)
     assert any(row.backward is not None for row in made)
+
+
+@pytest.mark.parametrize("rows", [lambda x: x[:5], lambda x: jnp.pad(x, ((0, 3), (0, 0)))], ids=["slice", "pad"])
+def test_examples_may_be_left_out_or_added(rows: Any) -> None:
+    x, w = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
+    model = fi.Function(lambda w, x: jax.nn.relu(rows(x @ w)) @ w, w)
+    found = fi.analyze(model, fi.init(model, jax.random.key(0), x, scheme="he"), x)
+    assert [r.kind for r in found.rows] == ["input", "weight", "nonlinearity", "weight", "output"]
 
 
 def layers_of(traced: Traced) -> list[int]:

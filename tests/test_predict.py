@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -64,7 +65,7 @@ class Encoder(nn.Module):
             y = nn.LayerNorm()(x)
             x = x + nn.MultiHeadDotProductAttention(4)(y, y)
             x = x + nn.Dense(256)(nn.gelu(nn.Dense(512)(nn.LayerNorm()(x))))
-        return nn.Dense(10)(x.mean(1))
+        return nn.Dense(256)(x.mean(1))  # of many outputs, so that the probe's own noise is small
 
 
 def seconds(one: Propagation, *kinds: Any) -> list[float]:
@@ -301,7 +302,7 @@ def ratios(model: Any, x: Any, scheme: str, seeds: int, **kwargs: Any) -> tuple[
     return ratio.mean(0), ratio.std(0) / math.sqrt(seeds)
 
 
-IMAGES = vectors(16, 8, 8, 3)
+IMAGES = vectors(16, 8, 8, 3)  # ResNets of widths 64, 128 and 256: of 256 to 1024, one took 4 minutes
 TABLE = {
     "mlp relu": (MLP(), vectors(64, 256), "he"),
     "mlp gelu": (MLP(nn.gelu), vectors(64, 256), "lecun"),
@@ -313,7 +314,7 @@ TABLE = {
 }
 RESNETS = {
     f"resnet {norm}{', pre-activation' * pre}": (
-        cifar_resnet(14, norm=norm, width=256, shortcut="projection", preactivation=pre),
+        cifar_resnet(8, norm=norm, width=64, shortcut="projection", preactivation=pre),
         IMAGES,
         scheme,
     )
@@ -334,19 +335,40 @@ def test_measured_against_predicted(name: str) -> None:
     assert (np.abs(mean - 1) < 0.06 + 3 * error).all()
 
 
-# Attention weights depend on the values that they weigh; the variance of a group of correlated channels fluctuates more
-# than that of independent ones, and the gradient has its inverse.
-LOOSE = {"transformer": 0.2, "resnet group": 0.25}
+# By name and direction: why and how far the mean over seeds is from 5 %.
+FAR: dict[tuple[str, str], str] = {
+    ("transformer", "backward"): "attention weights are taken as independent of what they weigh: at queries and keys "
+    "0.86 (error 0.03) of the prediction",
+    ("resnet group", "backward"): "the gradient has the inverse of a group's variance, which fluctuates more for "
+    "correlated channels: 1.27 (error 0.02) of the prediction",
+}
+
+
+@functools.cache
+def over_ten_seeds(name: str) -> tuple[np.ndarray, np.ndarray]:
+    return ratios(*{**TABLE, **RESNETS}[name], seeds=10)
+
+
+def both_ways(names: Iterable[str]) -> list[Any]:
+    made = []
+    for name, way in itertools.product(names, ("forward", "backward")):
+        why = FAR.get((name, way))
+        marks = [pytest.mark.xfail(strict=True, raises=AssertionError, reason=why)] if why else []
+        made.append(pytest.param(name, way, id=f"{name}, {way}", marks=marks))
+    return made
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*TABLE, *RESNETS])
-def test_measured_against_predicted_over_ten_seeds(name: str) -> None:
-    mean, error = ratios(*{**TABLE, **RESNETS}[name], seeds=10)
+@pytest.mark.parametrize("name, way", both_ways([*TABLE, *RESNETS]))
+def test_measured_against_predicted_over_ten_seeds(name: str, way: str) -> None:
+    mean, error = (x[("forward", "backward").index(way) :: 2] for x in over_ten_seeds(name))
     known = np.isfinite(mean)
-    print(f"\n{name}: {mean[known].min():.3f} to {mean[known].max():.3f}, error at most {error[known].max():.3f}")
-    assert known.mean() > 0.9
-    assert (np.abs(mean - 1) < LOOSE.get(name, 0.05) + 2.5 * error)[known].all()
+    print(
+        f"\n{name}, {way}: {mean[known].min():.3f} to {mean[known].max():.3f}, error at most {error[known].max():.3f}"
+    )
+    if known.mean() <= 0.9:
+        pytest.fail(f"only {known.sum()} of {known.size} taps are predicted")  # no AssertionError: never expected
+    assert (np.abs(mean - 1) < 0.05 + 2.5 * error)[known].all()
 
 
 @pytest.mark.slow
