@@ -58,15 +58,13 @@ def measure(x: Shaped[Array, "..."], layout: Layout) -> Float[Array, "12"]:
     scale = _scale(jnp.abs(some).max(initial=0))
     others = tuple(a for a in range(x.ndim) if a not in (example, channel))
     size = max(x.size, 1)
-    unit = x / scale
+    unit = x * (1 / scale)
     sums = unit.sum(others, keepdims=True)  # by example and channel
     mean = sums.sum() / size
     variance = jnp.square(unit - mean).sum() / size
     channels = sums.sum(example, keepdims=True) * (x.shape[channel] / size)
-    finite = jax.lax.cond(
-        jnp.isfinite(sums).all(), lambda: jnp.ones((), x.dtype), lambda: jnp.isfinite(x).mean(dtype=x.dtype)
-    )
-    unit = some / scale
+    finite = jnp.isfinite(x).mean(dtype=x.dtype)
+    unit = some * (1 / scale)
     mid = unit.mean()
     spread = jnp.square(unit - mid).mean()
     spread = jnp.where(spread > 0, spread, jnp.nan)
