@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from fixup_init import jaxprs
+from fixup_init.compiled import jitted
 from fixup_init.graph import Graph
 from fixup_init.jaxprs import Op
 from fixup_init.statistics import SIZE, Layout, measure, norm
@@ -272,27 +273,25 @@ def _all_steps(steps: Iterable[Op]) -> Iterable[Op]:
 # What is wanted of an external's gradient: nothing, the array, or the norms over all axes but as many leading ones.
 _NOTHING, _ARRAY = -2, -1
 
-_FORWARD: dict[Any, Callable[..., Any]] = {}
-_BACKWARD: dict[Any, Callable[..., Any]] = {}
-
 
 def compiled(graph: Graph, block: Block) -> Callable[..., Any]:
     """The forward function of a block; equal blocks, of this model or another, share it."""
-    found = _FORWARD.get(block.signature)
-    if found is None:
+
+    def make() -> Callable[..., Any]:
         run = _function(graph, block)
-        found = _FORWARD[block.signature] = jax.jit(lambda inputs, externals: run(inputs, externals, None))
-    return found
+        return lambda inputs, externals: run(inputs, externals, None)
+
+    return jitted(("forward", block.signature), make)
 
 
 def _pull(graph: Graph, block: Block, wanted: tuple[int, ...]) -> Callable[..., Any]:
     """The backward function of a block: (inputs, externals, cotangents) -> (cotangents of the inputs that are
     differentiable, of the externals what is wanted, what the taps see)."""
-    found = _BACKWARD.get((block.signature, wanted))
-    if found is not None:
-        return found
-    run = _function(graph, block)
+    return jitted(("backward", block.signature, wanted), lambda: _pullback(graph, block, wanted))
 
+
+def _pullback(graph: Graph, block: Block, wanted: tuple[int, ...]) -> Callable[..., Any]:
+    run = _function(graph, block)
     shapes = [_slot(graph, v) for v, _ in block.taps]
 
     def pull(inputs: Sequence[Any], externals: Sequence[Any], cotangents: Sequence[Any]) -> Any:
@@ -317,8 +316,7 @@ def _pull(graph: Graph, block: Block, wanted: tuple[int, ...]) -> Callable[..., 
         ]  # fmt: skip
         return varied, gradients, seen
 
-    found = _BACKWARD[block.signature, wanted] = jax.jit(pull)
-    return found
+    return pull
 
 
 # --- all blocks -----------------------------------------------------------------------------------------------------
@@ -443,7 +441,9 @@ def _measure(graph: Graph, block: Block, seen: Sequence[Any], measured: dict[int
         measured[v] = found if _passes(graph, v) else measured_alone(found, layout)
 
 
-measured_alone = jax.jit(measure, static_argnums=1)
+def measured_alone(x: Array, layout: Layout) -> Array:
+    """`measure`, compiled once for each shape and layout."""
+    return jitted(("measure", x.shape, x.dtype, layout), lambda: functools.partial(measure, layout=layout))(x)
 
 
 def _norms(gradient: Array, parameter: Array, leading: int) -> Array:

@@ -16,7 +16,7 @@ __all__ = ["SIZE", "Layout", "measure", "norm", "read", "read_norm"]
 
 SIZE = 12
 _VECTORS = 64  # for the effective rank
-_ENTRIES = 2**16  # for all but mean, variance, channel means and finite entries
+_ENTRIES = 2**14  # for all but mean, variance, channel means and finite entries
 
 
 class Layout(NamedTuple):
@@ -55,29 +55,38 @@ def measure(x: Shaped[Array, "..."], layout: Layout) -> Float[Array, "12"]:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     x, example, channel = _split(x, layout)
     some = _some(x, example, channel, _ENTRIES)
-    scale = _scale(jnp.abs(some).max(initial=0))
+    numbers = (*_moments(x, example, channel), (some == 0).mean(), _saturated(some, layout.limits))
+    some = some / _scale(jnp.abs(some).max(initial=0))
+    vectors = jnp.moveaxis(some, (example, channel), (0, -1)).reshape(some.shape[example], -1, some.shape[channel])
+    numbers = (*numbers, _cosine(vectors), _rank(some, example, channel), *_shares(vectors))
+    return jnp.stack([jnp.asarray(n, jnp.float32) for n in numbers])
+
+
+def _moments(x: Array, example: int, channel: int) -> list[Array]:
+    """The scale s, mean / s, variance / s^2, mean of the squared channel means / s^2, fraction of finite entries.
+
+    One pass over the array gives the sums of x and x^2 with s = 1. Where x^2 is out of float32's range, or the variance
+    is so much smaller than the squared mean that their difference loses digits, further passes centre and scale first.
+    """
     others = tuple(a for a in range(x.ndim) if a not in (example, channel))
     size = max(x.size, 1)
-    unit = x * (1 / scale)
-    sums = unit.sum(others, keepdims=True)  # by example and channel
-    mean = sums.sum() / size
-    variance = jnp.square(unit - mean).sum() / size
-    channels = sums.sum(example, keepdims=True) * (x.shape[channel] / size)
-    finite = jnp.isfinite(x).mean(dtype=x.dtype)
-    unit = some * (1 / scale)
-    mid = unit.mean()
-    spread = jnp.square(unit - mid).mean()
-    spread = jnp.where(spread > 0, spread, jnp.nan)
-    shares = [
-        jnp.square(unit.mean([a for a in range(x.ndim) if a not in along]) - mid).mean() / spread
-        for along in ((example,), (channel,), others)
-    ]
-    numbers = (
-        scale, mean, variance, jnp.square(channels).mean(), finite,
-        (some == 0).mean(), _saturated(some, layout.limits), _cosine(unit, example), _rank(unit, example, channel),
-        *shares,
-    )  # fmt: skip
-    return jnp.stack([jnp.asarray(n, jnp.float32) for n in numbers])
+
+    def packed(scale: Array, sums: Array, variance: Array, finite: Array) -> list[Array]:
+        channels = sums.sum(example) * (x.shape[channel] / size)
+        return [scale, sums.sum() / size, variance, jnp.square(channels).mean(), finite]
+
+    def careful() -> list[Array]:
+        finite = jnp.isfinite(x)
+        scale = _scale(jnp.abs(jnp.where(finite, x, 0)).max(initial=0))
+        unit = x * (1 / scale)
+        sums = unit.sum(others, keepdims=True)
+        return packed(scale, sums, jnp.square(unit - sums.sum() / size).sum() / size, finite.mean(dtype=x.dtype))
+
+    sums, second = x.sum(others, keepdims=True), jnp.square(x).sum() / size
+    variance = second - jnp.square(sums.sum() / size)
+    trusted = (second > 1e-25) & (second < 1e25) & (variance > second / 8)
+    one = jnp.ones((), x.dtype)
+    return jax.lax.cond(trusted, lambda: packed(one, sums, variance, one), careful)
 
 
 def read(measured: np.ndarray) -> Statistics:
@@ -144,15 +153,25 @@ def _saturated(x: Array, limits: tuple[float, float] | None) -> Array | float:
     return ((x <= low + edge) | (x >= high - edge)).mean()
 
 
-def _cosine(x: Array, example: int) -> Array | float:
-    """(|sum_i x_i / |x_i||^2 - n) / (n (n - 1)), over the n examples that are not zero."""
-    if x.shape[example] < 2:
+def _cosine(x: Array) -> Array | float:
+    """(|sum_i x_i / |x_i||^2 - n) / (n (n - 1)), over the n examples of (example, position, channel) that are not 0."""
+    if x.shape[0] < 2:
         return math.nan
-    norms = jnp.sqrt(jnp.square(x).sum([a for a in range(x.ndim) if a != example]))
+    norms = jnp.sqrt(jnp.square(x).sum((1, 2)))
     weights = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
     n = (norms > 0).sum()
-    total = jnp.square(jnp.tensordot(weights, x, (0, example))).sum()
+    total = jnp.square(jnp.matmul(weights, x.reshape(x.shape[0], -1), precision="highest")).sum()
     return jnp.where(n > 1, (total - n) / jnp.maximum(n * (n - 1), 1), jnp.nan)
+
+
+def _shares(x: Array) -> list[Array]:
+    """Variance of the means over all but one axis of (example, channel, position), over the variance of all."""
+    mid = x.mean()
+    spread = jnp.square(x - mid).mean()
+    spread = jnp.where(spread > 0, spread, jnp.nan)
+    rows = x.mean(2)
+    means = (rows.mean(1), x.mean((0, 1)), rows.mean(0))
+    return [jnp.square(one - mid).mean() / spread for one in means]
 
 
 def _rank(x: Array, example: int, channel: int) -> Array | float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pathlib
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from flax import nnx
 from zoo import TOKENS, VECTORS, Decoder, Encoder, Stacked, plain_function
 
 import fixup_init as fi
-from fixup_init import blocks, taps
+from fixup_init import blocks, compiled, taps
 from fixup_init.models import resnet_nnx
 from fixup_init.models.resnet import cifar_resnet
 from fixup_init.tracing import trace
@@ -182,11 +183,36 @@ def test_scan_reports_every_pass() -> None:
 def test_equal_blocks_compile_once() -> None:
     x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     model = cifar_resnet(20, norm="none")
+    compiled._HELD.clear()
     fi.analyze(model, fi.init(model, jax.random.key(0), x, scheme="he"), x)
-    known = len(blocks._FORWARD)
+    known = compiled.held()
     deep = cifar_resnet(56, norm="none")
     fi.analyze(deep, fi.init(deep, jax.random.key(0), x, scheme="he"), x)
-    assert len(blocks._FORWARD) == known
+    assert compiled.held() == known
+
+
+def test_what_is_compiled_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    model = cifar_resnet(20, norm="none")
+    variables = fi.init(model, jax.random.key(0), x, scheme="he")
+    whole = fi.analyze(model, variables, x)
+    compiled._HELD.clear()
+    monkeypatch.setattr(compiled, "LIMIT", 4)
+    assert fi.analyze(model, variables, x) == whole
+    assert compiled.held() == 4
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="counts the memory mappings of Linux")
+def test_what_is_let_go_of_leaves_no_memory_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mappings() -> int:
+        return len(pathlib.Path("/proc/self/maps").read_text().splitlines())
+
+    monkeypatch.setattr(compiled, "LIMIT", 4)
+    x = jnp.ones((8, 8))
+    before = mappings()
+    for k in range(60):  # each maps three at least
+        compiled.jitted(("test", k), lambda k=k: lambda x: jnp.tanh(x @ x + k).sum())(x).block_until_ready()
+    assert mappings() < before + 60
 
 
 def test_removed_normalization_is_the_plain_network() -> None:
