@@ -125,7 +125,7 @@ def _name(graph: Graph, op: Op, inner: list[int], bent: dict[int, str]) -> str:
     is_product = op.primitive in (p.mul_p, p.div_p) and (
         len(streams) > 1 or (op.primitive is p.div_p and graph.is_activation(op.inputs[1]))
     )
-    if op.primitive in _NONLINEAR or is_product:
+    if (op.primitive in _NONLINEAR and not _bounds_nothing(graph, op)) or is_product:
         own = op.label or ("relu" if op.primitive is p.max_p and _against_zero(graph, op) else op.name)
         return op.label or (inherited[-1] if inherited and op.primitive in _LINEAR else own)
     return op.label if inherited and op.label else inherited[-1] if inherited else ""
@@ -133,6 +133,12 @@ def _name(graph: Graph, op: Op, inner: list[int], bent: dict[int, str]) -> str:
 
 def _against_zero(graph: Graph, op: Op) -> bool:
     return any(graph.literal(v) == 0 for v in op.inputs if not graph.is_activation(v))
+
+
+def _bounds_nothing(graph: Graph, op: Op) -> bool:
+    """max(x, -inf) and min(x, inf): x, as the guard of a softmax has it."""
+    nothing = -math.inf if op.primitive is p.max_p else math.inf
+    return op.primitive in (p.max_p, p.min_p) and any(graph.literal(v) == nothing for v in op.inputs)
 
 
 def _is_softmax(graph: Graph, node: int) -> bool:
