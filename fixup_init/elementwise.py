@@ -142,10 +142,10 @@ def _bounds_nothing(graph: Graph, op: Op) -> bool:
 
 
 def _is_softmax(graph: Graph, node: int) -> bool:
-    """An exponential that is summed: part of a softmax or a log-sum-exp, no layer of its own."""
-    op = graph.op(node)
-    return (
-        op is not None
-        and op.primitive in (p.exp_p, p.exp2_p)
-        and any((u := graph.op(n)) is not None and u.primitive is p.reduce_sum_p for n in graph.users[node])
-    )
+    """An exponential, masked or not, that is summed: part of a softmax or a log-sum-exp, no layer of its own."""
+    if not any((u := graph.op(n)) is not None and u.primitive is p.reduce_sum_p for n in graph.users[node]):
+        return False
+    op, above = graph.op(node), graph.parents[node]
+    if op is not None and op.primitive in (p.select_n_p, p.convert_element_type_p):
+        return any((o := graph.op(n)) is not None and o.primitive in (p.exp_p, p.exp2_p) for n in above)
+    return op is not None and op.primitive in (p.exp_p, p.exp2_p)

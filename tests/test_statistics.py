@@ -125,6 +125,16 @@ def test_limits_come_from_the_function_itself() -> None:
     assert limits == [(-1.0, 1.0), (0.0, 1.0), None, (0.0, 6.0), (-1.0, 1.0), None, None, None]
 
 
+def test_the_guard_of_a_softmax_is_no_nonlinearity() -> None:
+    x = jnp.ones((2, 3, 8))
+    w = {"w": jnp.ones((8, 8))}
+    model = fi.Function(lambda w, x: jax.nn.softmax(x @ w["w"], where=x > 0, axis=-1) @ jax.nn.relu(w["w"]), w)
+    found = taps.place(trace(model, (x,), {}))
+    assert [t.name for t in found if t.kind == "nonlinearity"] == []
+    model = fi.Function(lambda w, x: jnp.maximum(x @ w["w"], 0.5) @ w["w"], w)
+    assert [t.name for t in taps.place(trace(model, (x,), {})) if t.kind == "nonlinearity"] == ["max"]
+
+
 def test_saturation_and_dead_units() -> None:
     class Net(nn.Module):
         @nn.compact
