@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -141,11 +142,16 @@ def _bounds_nothing(graph: Graph, op: Op) -> bool:
     return op.primitive in (p.max_p, p.min_p) and any(graph.literal(v) == nothing for v in op.inputs)
 
 
+_EXP, _MASK = (p.exp_p, p.exp2_p), (p.select_n_p, p.convert_element_type_p)
+
+
 def _is_softmax(graph: Graph, node: int) -> bool:
-    """An exponential, masked or not, that is summed: part of a softmax or a log-sum-exp, no layer of its own."""
-    if not any((u := graph.op(n)) is not None and u.primitive is p.reduce_sum_p for n in graph.users[node]):
-        return False
-    op, above = graph.op(node), graph.parents[node]
-    if op is not None and op.primitive in (p.select_n_p, p.convert_element_type_p):
-        return any((o := graph.op(n)) is not None and o.primitive in (p.exp_p, p.exp2_p) for n in above)
-    return op is not None and op.primitive in (p.exp_p, p.exp2_p)
+    """An exponential that is summed, both of them masked or not: part of a softmax or a log-sum-exp, no layer."""
+
+    def done_by(nodes: Iterable[int], primitives: tuple[Any, ...]) -> list[int]:
+        return [n for n in nodes if (op := graph.op(n)) is not None and op.primitive in primitives]
+
+    exponential = done_by((node,), _EXP) or (done_by((node,), _MASK) and done_by(graph.parents[node], _EXP))
+    users = graph.users[node]
+    masked = [u for n in done_by(users, _MASK) for u in graph.users[n]]
+    return bool(exponential and done_by((*users, *masked), (p.reduce_sum_p,)))
