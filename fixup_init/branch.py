@@ -64,7 +64,7 @@ def branch_of(streams: Streams, term: Term) -> Branch:
     value = tuple(n for n in layers if free[used[n]] >= 1)
     cut = set(_closing(graph, ops, end, tuple(dict.fromkeys(used[n] for n in value)), streams.transparent))
     last = tuple(n for n in value if used[n] in cut)
-    depth = _depth(graph, nodes, frozenset(term.nodes), layers)
+    depth = _depth(graph, nodes, frozenset(term.nodes))
     roles: dict[int, Role] = {
         n: "value" if n in value else _steers(graph, n, set(nodes), streams.normed) for n in layers
     }
@@ -213,11 +213,11 @@ def _steers(graph: Graph, layer: int, nodes: set[int], normed: set[int]) -> Role
 _RESULTS = (jaxprs.CARRY_OUT, jaxprs.STACK_OUT)
 
 
-def _depth(graph: Graph, nodes: list[int], below: frozenset[int], layers: tuple[int, ...]) -> int:
+def _depth(graph: Graph, nodes: list[int], below: frozenset[int]) -> int:
     """Longest chain of weight layers; a scan whose carry comes from the split counts as often as it is long."""
     depth: dict[int, int] = {}
     for n in nodes:
-        depth[n] = max([depth[a] for a in graph.parents[n] if a in depth], default=0) + (n in layers)
+        depth[n] = max([depth.get(a, 0) for a in graph.parents[n]], default=0) + (n in graph.layers)
         op = graph.op(n)
         if op is not None and op.primitive in _RESULTS:
             depth[n] += _again(graph, op, below)

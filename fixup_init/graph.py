@@ -71,11 +71,11 @@ class Graph:
     layers: dict[int, Layer]  # by node
     outputs: tuple[int, ...]  # nodes
     regions: tuple[int, ...]  # nodes that are named and not entered
+    made_by: list[Op | None]  # by node, None for an input
     rules: tuple[dict[Op, Any], dict[Op, Any]] = dataclasses.field(default_factory=lambda: ({}, {}))  # of `orders`
 
     def op(self, node: int) -> Op | None:
-        k = node - len(self.inputs)
-        return self.program.ops[k] if k >= 0 else None
+        return self.made_by[node] if node >= 0 else None
 
     def loop(self, node: int) -> Loop | None:
         """The scan that a node stands in."""
@@ -119,13 +119,14 @@ class Graph:
 
     def behind(self, values: Iterable[int]) -> list[int]:
         """Indices of the ops that values not depending on inputs are made with, in order."""
+        kind, maker, ops = self.kind, self.maker, self.program.ops
         found: set[int] = set()
-        todo = [v for v in values if not self.is_activation(v)]
+        todo = [v for v in values if v in maker and not kind[v] & INPUT]
         while todo:
-            k = self.maker.get(todo.pop())
-            if k is not None and k not in found:
+            k = maker[todo.pop()]
+            if k not in found:
                 found.add(k)
-                todo.extend(self.program.ops[k].inputs)
+                todo += [v for v in ops[k].inputs if v in maker]
         return sorted(found)
 
 
@@ -182,9 +183,11 @@ def build(program: Program, leaves: Sequence[Leaf]) -> Graph:
             for v in op.outputs:
                 origins[v] = found
     outputs = tuple(node_of[v] for v in program.outputs if v in node_of)
-    first = len(inputs)
-    regions = tuple(n for n in parents if n >= first and program.ops[n - first].primitive in closed) if closed else ()
-    return Graph(program, by_value, kind, node_of, parents, users, origins, maker, inputs, layers, outputs, regions)
+    made_by = [*(None for _ in inputs), *program.ops]
+    regions = tuple(n for n in parents if (op := made_by[n]) and op.primitive in closed) if closed else ()
+    return Graph(
+        program, by_value, kind, node_of, parents, users, origins, maker, inputs, layers, outputs, regions, made_by
+    )  # fmt: skip
 
 
 def _loops_with_activations(program: Program, kind: list[int]) -> set[Any]:

@@ -345,6 +345,8 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
     graph = search.graph
     if not graph.shape(node):
         return None  # one number: a sum of losses
+    if search.working.isdisjoint(split.colors):
+        return None  # one elementwise formula
     terms = [term_of(search, v, 1 << t, split) for t, v in enumerate(values)]
     weighted = [t for t in terms if t.layers]
     plain = [t for t in terms if not t.layers]

@@ -554,9 +554,8 @@ def _parameters(traced: Traced, layers: dict[int, tuple[LayerInfo, ...]]) -> tup
             in_norms[v] = "norm_scale"
         for v in norm.bias:
             in_norms[v] = "norm_bias"
-    for node in graph.parents:
-        op = graph.op(node)
-        if op is None or node in graph.layers:
+    for node, op in enumerate(graph.made_by):
+        if op is None or node not in graph.parents or node in graph.layers:
             continue
         for value in op.inputs:
             for v in graph.origins.get(value, ()):

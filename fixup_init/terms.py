@@ -59,6 +59,7 @@ class Streams:
         first = len(graph.inputs)
         # Nodes that combine different positions or channels.
         self.mixing = {first + k for k, op in enumerate(graph.program.ops) if op.primitive in mixing}
+        self.working = self.mixing.union(graph.layers)
         # Regions that are not entered and take parameters: how many layers they hold is not known.
         self.closed = {n for n in graph.regions if any(map(graph.is_parameter, graph.program.ops[n - first].inputs))}
         self.alive = ancestors(graph, graph.outputs) or set()  # the rest only goes on to the next pass of a scan
@@ -219,13 +220,12 @@ def _pieces(streams: Streams, term: Term, split: Split) -> list[tuple[int, tuple
     graph = streams.graph
     op = graph.op(split.node)
     results = op.outputs if op is not None else (graph.value(split.node),)
+    held = set(term.nodes)
     found = []
-    for n in term.nodes:
+    for n in graph.users[split.node]:
         reader = graph.op(n)
-        assert reader is not None
-        for v in reader.inputs:
-            if v in results:
-                found.append((v, _bounds(graph, reader, v)))
+        if n in held and reader is not None:
+            found += [(v, _bounds(graph, reader, v)) for v in reader.inputs if v in results]
     found += [(v, _bounds(graph, None, v)) for v in term.values if v in results]
     return found
 
