@@ -12,7 +12,7 @@ import numpy as np
 from fixup_init import jaxprs
 from fixup_init.graph import Graph
 from fixup_init.jaxprs import Arm, Op, p
-from fixup_init.orders import Order, orders
+from fixup_init.orders import ADDITIVE, Order, orders
 from fixup_init.terms import Streams, Term, ops_of
 
 __all__ = ["Branch", "Role", "arms_of", "branch_of"]
@@ -77,8 +77,9 @@ def branch_of(streams: Streams, term: Term) -> Branch:
 
 
 def _meeting(graph: Graph, ops: list[int]) -> list[int]:
-    """The parameters among some ops, in the order in which they meet activations: casts may stand far in front."""
-    met: dict[int, None] = {}
+    """The parameters among some ops that bear on orders, in the order in which they meet activations: casts may stand
+    far in front. One that is only added to activations does not count."""
+    met: dict[int, bool] = {}
     made: dict[int, dict[int, None]] = {}  # the parameters that a value is computed from alone
     for k in ops:
         op = graph.program.ops[k]
@@ -86,11 +87,14 @@ def _meeting(graph: Graph, ops: list[int]) -> list[int]:
         for v in op.inputs:
             leaf = graph.leaves.get(v)
             leaves |= {v: None} if leaf is not None and leaf.kind == "param" else made.get(v, {})
+        if not leaves:
+            continue
         if k + len(graph.inputs) in graph.parents:
-            met |= leaves
+            counts = op.primitive not in ADDITIVE
+            met.update((v, counts or met.get(v, False)) for v in leaves)
         else:
             made |= dict.fromkeys(op.outputs, leaves)
-    return list(met)
+    return [v for v, counts in met.items() if counts]
 
 
 def _is_plain(streams: Streams, ops: list[int], layers: tuple[int, ...]) -> bool:
@@ -217,7 +221,11 @@ def _depth(graph: Graph, nodes: list[int], below: frozenset[int]) -> int:
     """Longest chain of weight layers; a scan whose carry comes from the split counts as often as it is long."""
     depth: dict[int, int] = {}
     for n in nodes:
-        depth[n] = max([depth.get(a, 0) for a in graph.parents[n]], default=0) + (n in graph.layers)
+        found = 0
+        for a in graph.parents[n]:
+            if (above := depth.get(a, 0)) > found:
+                found = above
+        depth[n] = found + (n in graph.layers)
         op = graph.op(n)
         if op is not None and op.primitive in _RESULTS:
             depth[n] += _again(graph, op, below)

@@ -23,7 +23,7 @@ from fixup_init import jaxprs
 from fixup_init.graph import COPIES, Graph
 from fixup_init.jaxprs import Loop, Op, p
 
-__all__ = ["SQUASH", "Order", "has_rule", "orders"]
+__all__ = ["ADDITIVE", "SQUASH", "Order", "has_rule", "orders"]
 
 Order = float | np.ndarray  # an exponent, or a vector of them
 
@@ -48,7 +48,7 @@ LEAST = frozenset({
 })  # fmt: skip
 _UPDATES = frozenset({p.dynamic_update_slice_p, p.scatter_p})
 _SCATTERS = frozenset({p.scatter_p, p.scatter_add_p, p.scatter_max_p, p.scatter_min_p, jaxprs.SCATTER_SUB})
-_ADDITIVE = frozenset({p.add_p, p.sub_p, p.concatenate_p, jaxprs.STACK})
+ADDITIVE = frozenset({p.add_p, p.sub_p, p.concatenate_p, jaxprs.STACK})
 PRODUCT = frozenset({p.mul_p, p.dot_general_p, p.conv_general_dilated_p, p.scatter_mul_p})
 # A constant is left when the argument vanishes.
 SQUASH = frozenset({
@@ -187,17 +187,20 @@ def _least(values: Sequence[Order]) -> Order:
     if len(values) == 1:
         return values[0]
     vectors = [v for v in values if isinstance(v, np.ndarray)]
-    numbers = [v for v in values if not isinstance(v, np.ndarray)]
     if not vectors:
-        return min(numbers)
+        return min(values)
+    numbers = [v for v in values if not isinstance(v, np.ndarray)]
     least = functools.reduce(np.fmin, vectors)
     return np.minimum(least, min(numbers)) if numbers else least  # NaN, not dependent, stays NaN
 
 
 def _product(left: Order, right: Order) -> Order:
-    if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
-        return np.where(np.isnan(left), right, np.where(np.isnan(right), left, left + right))
-    return left + right
+    if not isinstance(right, np.ndarray):
+        return left + right if right else left
+    if not isinstance(left, np.ndarray):
+        return left + right if left else right
+    both = left + right
+    return np.where(np.isnan(both), np.fmin(left, right), both)  # that which is no NaN, if one is
 
 
 Rule = Callable[[Mapping[int, Order], _Question], Order]  # the order of an operation's result, from those known
@@ -230,9 +233,9 @@ def _rule(graph: Graph, op: Op, far: bool) -> Rule:
             inputs = inputs[1:]
         if primitive in (p.max_p, p.min_p):  # a bound that zero keeps is far away: relu6, hard tanh
             inputs = tuple(v for v in inputs if not _slack(graph, primitive, v)) or inputs
-        elif primitive in _ADDITIVE and any(graph.is_activation(v) for v in inputs):
-            inputs = [v for v in inputs if not graph.is_parameter(v)]  # additive parameters do not count
-            return _added([given(v, True) for v in inputs], frozenset(v for v in inputs if graph.is_activation(v)))
+        elif primitive in ADDITIVE and (active := frozenset(filter(graph.is_activation, inputs))):
+            # Additive parameters do not count.
+            return _added([given(v, True) for v in inputs if not graph.is_parameter(v)], active)
         return _lesser([given(v, True) for v in inputs])
     if primitive is p.select_n_p:
         chosen = _at_zero(graph, op.inputs[0]) if len(op.inputs) == 3 else None
