@@ -122,10 +122,31 @@ def term_of(streams: Streams, value: int, color: int, split: Split) -> Term:
         aside.add(n)
         for a in graph.parents[n]:
             heapq.heappush(heap, -a)
-    return Term(
-        (value,), nodes, tuple(sorted(aside)), tuple(n for n in nodes if n in graph.layers),
-        any(n in streams.mixing and n not in streams.inside for n in nodes), not streams.closed.isdisjoint(nodes),
-    )  # fmt: skip
+    layers = tuple(n for n in nodes if n in graph.layers)
+    mixes = any(n in streams.mixing and n not in streams.inside for n in nodes)
+    if mixes and not layers:
+        mixes = not _is_multiple(graph, value, split.node)
+    return Term((value,), nodes, tuple(sorted(aside)), layers, mixes, not streams.closed.isdisjoint(nodes))
+
+
+def _is_multiple(graph: Graph, value: int, split: int) -> bool:
+    """Whether a term is its split times something, whatever that is made of: x + x g(x) is x (1 + g(x)), which scales x
+    and adds nothing that was mixed (global response normalization)."""
+    seen: set[int] = set()
+    todo = [graph.node_of[value]]
+    while todo:
+        n = todo.pop()
+        op = graph.op(n)
+        if n == split:
+            return True
+        if op is None or n < split or n in seen:
+            continue
+        seen.add(n)
+        if op.primitive in UNSCALED or op.primitive in (p.mul_p, p.neg_p):
+            todo.extend(graph.parents[n])
+        elif op.primitive is p.div_p and graph.is_activation(op.inputs[0]):
+            todo.append(graph.node_of[op.inputs[0]])
+    return False
 
 
 def reshapes(graph: Graph, term: Term) -> bool:
