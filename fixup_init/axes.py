@@ -35,6 +35,11 @@ _REDUCTIONS = frozenset({
 _WINDOWS = frozenset({p.reduce_window_sum_p, p.reduce_window_p, p.reduce_window_max_p, p.reduce_window_min_p})
 _CUMULATIVE = frozenset({p.cumsum_p, p.cummax_p, p.cummin_p})
 _SCATTERS = frozenset({p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_min_p, p.scatter_max_p})
+# Operations whose result has other axes than their argument.
+_MOVING = _REDUCTIONS | _SCATTERS | {
+    p.broadcast_in_dim_p, p.reshape_p, p.transpose_p, p.squeeze_p, p.dot_general_p, p.conv_general_dilated_p,
+    p.gather_p, jaxprs.SLICE_IN, jaxprs.STACK_OUT,
+}  # fmt: skip
 _MIXING = _REDUCTIONS | _WINDOWS | _CUMULATIVE | {p.dot_general_p}
 
 
@@ -60,8 +65,10 @@ def follow(graph: Graph, ops: Iterable[int], starts: Mapping[int, Pieces]) -> di
     known = dict(starts)
     for k in ops:
         op = graph.program.ops[k]
-        if any(v in known for v in op.inputs):
-            for v, pieces in zip(op.outputs, _through(graph, op, known), strict=True):
+        if not known.keys().isdisjoint(op.inputs):
+            moved = _moved(graph, op, known) if op.primitive in _MOVING else None
+            for v in op.outputs:
+                pieces = _aligned(graph, op, known, v) if moved is None else moved
                 if pieces and v not in starts:
                     known[v] = pieces
     return known
@@ -87,7 +94,16 @@ def reduced(graph: Graph, op: Op, known: Mapping[int, Pieces]) -> bool:
     return False
 
 
-def _through(graph: Graph, op: Op, known: Mapping[int, Pieces]) -> list[Pieces]:
+def _aligned(graph: Graph, op: Op, known: Mapping[int, Pieces], output: int) -> Pieces:
+    """Through an elementwise operation, or one that keeps the number of axes."""
+    rank = len(graph.program.shape(output))
+    for v in op.inputs:
+        if v in known and len(graph.program.shape(v)) == rank:
+            return known[v]
+    return ()
+
+
+def _moved(graph: Graph, op: Op, known: Mapping[int, Pieces]) -> Pieces:
     primitive: Any = op.primitive
     params = op.params
     first = known.get(op.inputs[0], ())
@@ -117,13 +133,9 @@ def _through(graph: Graph, op: Op, known: Mapping[int, Pieces]) -> list[Pieces]:
         )  # fmt: skip
     elif primitive is p.gather_p:
         out = _gathered(op, known)
-    elif primitive in _SCATTERS:
+    else:
         out = first
-    else:  # elementwise, or one that keeps the number of axes
-        return [
-            next((known[v] for v in op.inputs if v in known and len(shape(v)) == len(shape(o))), ()) for o in op.outputs
-        ]
-    return [out] * len(op.outputs)
+    return out
 
 
 def _summed(op: Op) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Container
 from typing import Literal
 
@@ -11,7 +12,7 @@ import numpy as np
 from fixup_init import jaxprs
 from fixup_init.graph import Graph
 from fixup_init.jaxprs import Arm, Op, p
-from fixup_init.orders import Order, orders
+from fixup_init.orders import ADDITIVE, Order, orders
 from fixup_init.terms import Streams, Term, ops_of
 
 __all__ = ["Branch", "Role", "arms_of", "branch_of"]
@@ -63,7 +64,7 @@ def branch_of(streams: Streams, term: Term) -> Branch:
     value = tuple(n for n in layers if free[used[n]] >= 1)
     cut = set(_closing(graph, ops, end, tuple(dict.fromkeys(used[n] for n in value)), streams.transparent))
     last = tuple(n for n in value if used[n] in cut)
-    depth = _depth(graph, nodes, frozenset(term.nodes), layers)
+    depth = _depth(graph, nodes, frozenset(term.nodes))
     roles: dict[int, Role] = {
         n: "value" if n in value else _steers(graph, n, set(nodes), streams.normed) for n in layers
     }
@@ -76,8 +77,9 @@ def branch_of(streams: Streams, term: Term) -> Branch:
 
 
 def _meeting(graph: Graph, ops: list[int]) -> list[int]:
-    """The parameters among some ops, in the order in which they meet activations: casts may stand far in front."""
-    met: dict[int, None] = {}
+    """The parameters among some ops that bear on orders, in the order in which they meet activations: casts may stand
+    far in front. One that is only added to activations does not count."""
+    met: dict[int, bool] = {}
     made: dict[int, dict[int, None]] = {}  # the parameters that a value is computed from alone
     for k in ops:
         op = graph.program.ops[k]
@@ -85,11 +87,14 @@ def _meeting(graph: Graph, ops: list[int]) -> list[int]:
         for v in op.inputs:
             leaf = graph.leaves.get(v)
             leaves |= {v: None} if leaf is not None and leaf.kind == "param" else made.get(v, {})
+        if not leaves:
+            continue
         if k + len(graph.inputs) in graph.parents:
-            met |= leaves
+            counts = op.primitive not in ADDITIVE
+            met.update((v, counts or met.get(v, False)) for v in leaves)
         else:
             made |= dict.fromkeys(op.outputs, leaves)
-    return list(met)
+    return [v for v, counts in met.items() if counts]
 
 
 def _is_plain(streams: Streams, ops: list[int], layers: tuple[int, ...]) -> bool:
@@ -129,8 +134,8 @@ def _orders(
         for k, found in enumerate(arms.values()):
             for switch, arm in found.items():
                 runs.setdefault(switch, np.full(len(arms), -1))[k] = arm.index
-        each = np.broadcast_to(orders(graph, ops, seeds, arms=runs).get(end, 0.0), (len(arms),))
-        own |= {v: float(each[k]) for k, n in enumerate(arms) for v in groups[n]}
+        each = _entries(orders(graph, ops, seeds, arms=runs).get(end, 0.0), len(arms))
+        own |= {v: each[k] for k, n in enumerate(arms) for v in groups[n]}
     return whole, own
 
 
@@ -146,9 +151,13 @@ def _paths(
         for v in values:
             seed = seeds.setdefault(v, np.full(len(several), np.nan))
             seed[k] = 1.0  # pyright: ignore[reportIndexIssue]
-    found = np.broadcast_to(orders(graph, ops, seeds, transparent, inside=True).get(end, np.nan), (len(several),))
-    found = np.where(np.isfinite(found), found, 0.0)
-    return {v: float(found[k]) for k, values in enumerate(several) for v in values}
+    found = _entries(orders(graph, ops, seeds, transparent, inside=True).get(end, math.nan), len(several))
+    return {v: x if math.isfinite(x) else 0.0 for values, x in zip(several, found, strict=True) for v in values}
+
+
+def _entries(order: Order, count: int) -> list[float]:
+    """An order as one number for each question that was asked."""
+    return order.tolist() if isinstance(order, np.ndarray) else [order] * count
 
 
 _AT_ONCE = 32
@@ -162,20 +171,26 @@ def _closing(
     transparent: dict[int, tuple[int, ...]] | None = None,
 ) -> tuple[int, ...]:
     """The latest of some values that bring a branch to zero together; () where not even all of them do."""
+
+    def order(seeds: dict[int, Order]) -> Order:
+        return orders(graph, ops, seeds, transparent).get(end, 0.0)
+
     latest = leaves[::-1]
+    if not latest or order({latest[0]: 1.0}) >= 1:
+        return latest[:1]
     chosen: list[int] = []
-    for start in range(0, len(latest), _AT_ONCE):
+    for start in range(0, len(latest) if len(latest) > 1 else 0, _AT_ONCE):
         more = latest[start : start + _AT_ONCE]
         seeds: dict[int, Order] = dict.fromkeys(latest[:start], 1.0)
         for k, leaf in enumerate(more):  # entry k: all leaves up to the k-th
             seeds[leaf] = (np.arange(len(more)) >= k).astype(float)
-        enough = np.broadcast_to(orders(graph, ops, seeds, transparent).get(end, 0.0), (len(more),)) >= 1
-        if enough.any():
-            chosen = list(latest[: start + int(enough.argmax()) + 1])
+        enough = [x >= 1 for x in _entries(order(seeds), len(more))]
+        if any(enough):
+            chosen = list(latest[: start + enough.index(True) + 1])
             break
     for leaf in chosen[::-1] if len(chosen) > 1 else ():
         rest = [v for v in chosen if v != leaf]
-        if rest and orders(graph, ops, dict.fromkeys(rest, 1.0), transparent).get(end, 0.0) >= 1:
+        if rest and order(dict.fromkeys(rest, 1.0)) >= 1:
             chosen = rest
     return tuple(reversed(chosen))
 
@@ -202,11 +217,15 @@ def _steers(graph: Graph, layer: int, nodes: set[int], normed: set[int]) -> Role
 _RESULTS = (jaxprs.CARRY_OUT, jaxprs.STACK_OUT)
 
 
-def _depth(graph: Graph, nodes: list[int], below: frozenset[int], layers: tuple[int, ...]) -> int:
+def _depth(graph: Graph, nodes: list[int], below: frozenset[int]) -> int:
     """Longest chain of weight layers; a scan whose carry comes from the split counts as often as it is long."""
     depth: dict[int, int] = {}
     for n in nodes:
-        depth[n] = max((depth[a] for a in graph.parents[n] if a in depth), default=0) + (n in layers)
+        found = 0
+        for a in graph.parents[n]:
+            if (above := depth.get(a, 0)) > found:
+                found = above
+        depth[n] = found + (n in graph.layers)
         op = graph.op(n)
         if op is not None and op.primitive in _RESULTS:
             depth[n] += _again(graph, op, below)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -69,10 +70,12 @@ class Graph:
     inputs: tuple[int, ...]
     layers: dict[int, Layer]  # by node
     outputs: tuple[int, ...]  # nodes
+    regions: tuple[int, ...]  # nodes that are named and not entered
+    made_by: list[Op | None]  # by node, None for an input
+    rules: tuple[dict[Op, Any], dict[Op, Any]] = dataclasses.field(default_factory=lambda: ({}, {}))  # of `orders`
 
     def op(self, node: int) -> Op | None:
-        k = node - len(self.inputs)
-        return self.program.ops[k] if k >= 0 else None
+        return self.made_by[node] if node >= 0 else None
 
     def loop(self, node: int) -> Loop | None:
         """The scan that a node stands in."""
@@ -116,13 +119,14 @@ class Graph:
 
     def behind(self, values: Iterable[int]) -> list[int]:
         """Indices of the ops that values not depending on inputs are made with, in order."""
+        kind, maker, ops = self.kind, self.maker, self.program.ops
         found: set[int] = set()
-        todo = [v for v in values if not self.is_activation(v)]
+        todo = [v for v in values if v in maker and not kind[v] & INPUT]
         while todo:
-            k = self.maker.get(todo.pop())
-            if k is not None and k not in found:
+            k = maker[todo.pop()]
+            if k not in found:
                 found.add(k)
-                todo.extend(self.program.ops[k].inputs)
+                todo += [v for v in ops[k].inputs if v in maker]
         return sorted(found)
 
 
@@ -142,6 +146,9 @@ def build(program: Program, leaves: Sequence[Leaf]) -> Graph:
         if leaf.kind in ("param", "state"):
             origins[v] = (v,)
     in_active_loop = _loops_with_activations(program, kind)
+    primitives = {op.primitive for op in program.ops}
+    contracting = _CONTRACTING | {q for q in primitives if jaxprs.is_ragged_dot(q)}
+    closed = {q for q in primitives if jaxprs.opaque(q)}
     for k, op in enumerate(program.ops):
         bits = 0
         for v in op.inputs:
@@ -157,13 +164,15 @@ def build(program: Program, leaves: Sequence[Leaf]) -> Graph:
             maker[v] = k
         if bits & INPUT:
             node = len(inputs) + k
-            above = tuple(dict.fromkeys(node_of[v] for v in op.inputs if kind[v] & INPUT))
+            above = tuple(dict.fromkeys([node_of[v] for v in op.inputs if kind[v] & INPUT]))
             parents[node] = above
             users[node] = []
             for a in above:
                 users[a].append(node)
             for v in op.outputs:
                 node_of[v] = node
+            if op.primitive not in contracting:
+                continue
             layer = _weight_layer(program, op, node, kind, origins, by_value, maker)
             if layer is None and op.primitive is p.dot_general_p:
                 layer = _chosen_kernel(program, op, node, layers, maker, len(inputs))
@@ -174,11 +183,17 @@ def build(program: Program, leaves: Sequence[Leaf]) -> Graph:
             for v in op.outputs:
                 origins[v] = found
     outputs = tuple(node_of[v] for v in program.outputs if v in node_of)
-    return Graph(program, by_value, kind, node_of, parents, users, origins, maker, inputs, layers, outputs)
+    made_by = [*(None for _ in inputs), *program.ops]
+    regions = tuple(n for n in parents if (op := made_by[n]) and op.primitive in closed) if closed else ()
+    return Graph(
+        program, by_value, kind, node_of, parents, users, origins, maker, inputs, layers, outputs, regions, made_by
+    )  # fmt: skip
 
 
 def _loops_with_activations(program: Program, kind: list[int]) -> set[Any]:
     """Loops that any activation enters: a carry that starts as a constant is an activation there."""
+    if all(op.loop is None for op in program.ops):
+        return set()
     bits = list(kind)
     active: set[Any] = set()
     for op in program.ops:
@@ -194,6 +209,10 @@ def _loops_with_activations(program: Program, kind: list[int]) -> set[Any]:
             active.add(loop)
             loop = loop.parent
     return active
+
+
+# Operations that a weight layer can be, beside products with groups of rows.
+_CONTRACTING = frozenset({p.dot_general_p, p.conv_general_dilated_p, p.gather_p, p.reduce_sum_p})
 
 
 def _weight_layer(
@@ -237,8 +256,10 @@ def _weight_layer(
         channel = op.params["dimension_numbers"].out_spec[1]
         kind_ = "conv"
         features = shape[out_axis]
-    elif op.primitive is p.gather_p and weight(op.inputs[0]) and len(program.shape(op.inputs[0])) > 1:
+    elif op.primitive is p.gather_p:
         kernel = op.inputs[0]
+        if not weight(kernel) or len(program.shape(kernel)) < 2:
+            return None
         shape = whole(kernel)
         fan_in, fan_out = 1, math.prod(shape[1:])  # one row is read: a product with a one-hot vector
         features = fan_out
@@ -250,12 +271,12 @@ def _weight_layer(
             return None
         kernel, fan_in, fan_out = found
         features, channel = fan_out, len(program.shape(op.outputs[0])) - 1
-    elif len(op.inputs) > 2 and weight(op.inputs[1]) and jaxprs.is_ragged_dot(op.primitive):
+    else:  # a product of each group of rows with a matrix of its own
         kernel = op.inputs[1]  # (groups, in, out)
+        if not weight(kernel):
+            return None
         _, fan_in, fan_out = whole(kernel)
         features, channel = fan_out, len(program.shape(op.outputs[0])) - 1
-    else:
-        return None
     made_of = [o for o in origins[kernel] if leaves[o].kind == "param"]
     kernels, factors = tuple(made_of), frozenset()
     if len(made_of) > 1:
@@ -465,11 +486,9 @@ class _Walk:
         return False
 
 
-def _bits(mask: int) -> Iterator[int]:
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
+@functools.lru_cache(1024)
+def _bits(mask: int) -> tuple[int, ...]:
+    return tuple(t for t in range(mask.bit_length()) if mask >> t & 1)
 
 
 def latest_common_ancestor(

@@ -248,10 +248,10 @@ _PLAIN_CALLS = (p.jit_p, p.remat_p, p.closed_call_p, p.call_p)
 # Calls with a derivative of their own: inlined in `ops`, bound in `steps`.
 _CUSTOM_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
 # Primitives whose jaxpr is the scalar function that they combine with.
-_COMBINERS = (
+_COMBINERS = frozenset({
     p.reduce_p, p.reduce_window_p, p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_min_p, p.scatter_max_p,
     p.select_and_scatter_p,
-)  # fmt: skip
+})  # fmt: skip
 # Regions that are named, not entered.
 _REGIONS = (p.while_p, p.linear_solve_p)
 
@@ -285,54 +285,28 @@ class _Flattener:
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             env[var] = self.constant(var.aval, value)
 
-        def read(atom: Any) -> int:
-            return self.constant(atom.aval, atom.val) if isinstance(atom, Literal) else env[atom]
+        def read(atoms: Iterable[Any]) -> list[int]:
+            return [self.constant(a.aval, a.val) if isinstance(a, Literal) else env[a] for a in atoms]
 
+        entered = _entered()
         for eqn in jaxpr.eqns:
-            primitive = eqn.primitive
-            inputs = [read(a) for a in eqn.invars]
-
-            def step(outputs: Sequence[int], body: Body | None = None, eqn: Any = eqn, inputs: Any = inputs) -> Op:
-                return Op(
-                    eqn.primitive, tuple(inputs), tuple(outputs), eqn.params, eqn.source_info, at.scope, at.label,
-                    at.loop, body, at.arm,
-                )  # fmt: skip
-
-            if primitive in _PLAIN_CALLS or primitive in _foreign().plain:
-                outputs = self._enter(eqn, inputs, steps, at)
-            elif primitive in _CUSTOM_CALLS:
-                outputs = self._enter(eqn, inputs, None, at)
-                for k, (out, var) in enumerate(zip(outputs, eqn.outvars, strict=True)):
-                    if out in inputs or out in outputs[:k] or out in self.constants:
-                        outputs[k] = self.mark(IDENTITY, (out,), var.aval, eqn.source_info, at)
-                steps.append(step(outputs))
-            elif primitive is p.scan_p:
-                outputs, body = self._scan(eqn, inputs, at)
-                steps.append(step(outputs, body))
-            elif primitive is p.cond_p:
-                outputs = self._cond(eqn, inputs, at)
-                steps.append(step(outputs))
-            elif primitive is BARRIER:
-                outputs = [
-                    self.mark(IDENTITY, (i,), v.aval, eqn.source_info, at)
-                    for i, v in zip(inputs, eqn.outvars, strict=True)
-                ]
-                steps.append(step(outputs))
-            elif primitive in _foreign().shards:
-                outputs = self._shards(eqn, inputs, at)
-                steps.append(step(outputs))
+            inputs = read(eqn.invars)
+            enter = entered.get(eqn.primitive)
+            if enter is not None:
+                outputs = enter(self, eqn, inputs, steps, at)
             else:
-                self._check(eqn, at)
+                if _holds_jaxpr(eqn.params):
+                    self._check(eqn, at)
                 outputs = [self.new(v.aval) for v in eqn.outvars]
-                op = step(outputs)
+                op = _step(eqn, inputs, outputs, at)
                 self.ops.append(op)
                 steps.append(op)
             env.update(zip(eqn.outvars, outputs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return read(jaxpr.outvars)
 
     def _check(self, eqn: Any, at: _Where) -> None:
         primitive = eqn.primitive
-        if primitive in _COMBINERS or not _holds_jaxpr(eqn.params) or opaque(primitive):
+        if primitive in _COMBINERS or opaque(primitive):
             return
         raise UnknownPrimitiveError(
             f"The primitive `{primitive.name}` (in scope {_join(at.scope, eqn) or 'top level'!r}) holds a "
@@ -346,10 +320,25 @@ class _Flattener:
         if steps is None:  # inside a custom derivative: bound whole, so its inner steps are not needed
             steps = []
             label = _function_name(inner) or label
-        inside = dataclasses.replace(at, scope=_join(at.scope, eqn), label=str(label))
+        inside = _Where(_join(at.scope, eqn), str(label), at.loop, at.arm)
         return self.run(_open(inner), _consts(inner), inputs, steps, inside)
 
-    def _scan(self, eqn: Any, inputs: list[int], at: _Where) -> tuple[list[int], Body]:
+    def _custom(self, eqn: Any, inputs: list[int], steps: list[Op], at: _Where) -> list[int]:
+        outputs = self._enter(eqn, inputs, None, at)
+        for k, (out, var) in enumerate(zip(outputs, eqn.outvars, strict=True)):
+            if out in inputs or out in outputs[:k] or out in self.constants:
+                outputs[k] = self.mark(IDENTITY, (out,), var.aval, eqn.source_info, at)
+        steps.append(_step(eqn, inputs, outputs, at))
+        return outputs
+
+    def _barrier(self, eqn: Any, inputs: list[int], steps: list[Op], at: _Where) -> list[int]:
+        outputs = [
+            self.mark(IDENTITY, (i,), v.aval, eqn.source_info, at) for i, v in zip(inputs, eqn.outvars, strict=True)
+        ]
+        steps.append(_step(eqn, inputs, outputs, at))
+        return outputs
+
+    def _scan(self, eqn: Any, inputs: list[int], steps: list[Op], at: _Where) -> list[int]:
         params, info = eqn.params, eqn.source_info
         inner = params["jaxpr"]
         jaxpr = _open(inner)
@@ -364,9 +353,9 @@ class _Flattener:
         carry_vars, xs_vars = jaxpr.invars[n_consts : n_consts + n_carry], jaxpr.invars[n_consts + n_carry :]
         carry = [self.mark(CARRY_IN, (i,), v.aval, info, inside) for i, v in zip(init, carry_vars, strict=True)]
         slices = [self.mark(SLICE_IN, (i,), v.aval, info, inside) for i, v in zip(xs, xs_vars, strict=True)]
-        steps: list[Op] = []
+        passes: list[Op] = []
         first_value = len(self.avals)
-        outs = self.run(jaxpr, _consts(inner), [*consts, *carry, *slices], steps, inside)
+        outs = self.run(jaxpr, _consts(inner), [*consts, *carry, *slices], passes, inside)
         loop.carries.extend(zip(carry, outs[:n_carry], strict=True))
         results = [
             self.mark(CARRY_OUT if k < n_carry else STACK_OUT, (out,), var.aval, info, outside)
@@ -374,11 +363,12 @@ class _Flattener:
         ]
         held = tuple(v for v in self.constants if v >= first_value)
         body = Body(
-            steps, tuple(consts), tuple(carry), tuple(slices), tuple(outs[:n_carry]), tuple(outs[n_carry:]), held
+            passes, tuple(consts), tuple(carry), tuple(slices), tuple(outs[:n_carry]), tuple(outs[n_carry:]), held
         )
-        return results, body
+        steps.append(_step(eqn, inputs, results, at, body))
+        return results
 
-    def _cond(self, eqn: Any, inputs: list[int], at: _Where) -> list[int]:
+    def _cond(self, eqn: Any, inputs: list[int], steps: list[Op], at: _Where) -> list[int]:
         index, *args = inputs
         outside = dataclasses.replace(at, scope=_join(at.scope, eqn))
         branches = eqn.params["branches"]
@@ -391,12 +381,14 @@ class _Flattener:
             )
             for k, arm in enumerate(branches)
         ]  # fmt: skip
-        return [
+        results = [
             self.mark(CHOOSE, (*(arm[k] for arm in arms), index), var.aval, eqn.source_info, outside, switch=switch)
             for k, var in enumerate(eqn.outvars)
         ]
+        steps.append(_step(eqn, inputs, results, at))
+        return results
 
-    def _shards(self, eqn: Any, inputs: list[int], at: _Where) -> list[int]:
+    def _shards(self, eqn: Any, inputs: list[int], steps: list[Op], at: _Where) -> list[int]:
         params, info = eqn.params, eqn.source_info
         sizes = dict(params["mesh"].shape)
         jaxpr = _open(params["jaxpr"])
@@ -413,7 +405,27 @@ class _Flattener:
             for i, v, spec in zip(inputs, jaxpr.invars, params["in_specs"], strict=True)
         ]
         outs = self.run(jaxpr, _consts(params["jaxpr"]), args, [], inside)
-        return [self.mark(SHARD_OUT, (o,), v.aval, info, inside) for o, v in zip(outs, eqn.outvars, strict=True)]
+        results = [self.mark(SHARD_OUT, (o,), v.aval, info, inside) for o, v in zip(outs, eqn.outvars, strict=True)]
+        steps.append(_step(eqn, inputs, results, at))
+        return results
+
+
+def _step(eqn: Any, inputs: Sequence[int], outputs: Sequence[int], at: _Where, body: Body | None = None) -> Op:
+    return Op(
+        eqn.primitive, tuple(inputs), tuple(outputs), eqn.params, eqn.source_info, at.scope, at.label, at.loop, body,
+        at.arm,
+    )  # fmt: skip
+
+
+@functools.cache
+def _entered() -> dict[Any, Callable[[_Flattener, Any, list[int], list[Op], _Where], list[int]]]:
+    """How the primitives are entered that hold a program of their own."""
+    return {
+        **dict.fromkeys((*_PLAIN_CALLS, *_foreign().plain), _Flattener._enter),
+        **dict.fromkeys(_CUSTOM_CALLS, _Flattener._custom),
+        **dict.fromkeys(_foreign().shards, _Flattener._shards),
+        p.scan_p: _Flattener._scan, p.cond_p: _Flattener._cond, BARRIER: _Flattener._barrier,
+    }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -592,7 +604,7 @@ def _alive(ops: list[Op], outputs: Iterable[int]) -> list[Op]:
     while True:
         needed, kept = set(roots), []
         for op in reversed(ops):
-            if any(o in needed for o in op.outputs):
+            if not needed.isdisjoint(op.outputs):
                 needed.update(op.inputs)
                 kept.append(op)
         found = {op.loop for op in kept if op.loop is not None} - loops
@@ -607,7 +619,7 @@ def _alive_steps(steps: list[Op], outputs: Iterable[int]) -> list[Op]:
     needed = set(outputs)
     kept = []
     for step in reversed(steps):
-        if any(o in needed for o in step.outputs):
+        if not needed.isdisjoint(step.outputs):
             if step.body is not None:
                 step = _alive_scan(step, step.body, needed)
             needed.update(step.inputs)
@@ -688,10 +700,11 @@ def _function_source(jaxpr: Any) -> str:
 
 
 def _holds_jaxpr(params: dict[str, Any]) -> bool:
-    def is_jaxpr(x: Any) -> bool:
-        return hasattr(x, "eqns") or (hasattr(x, "jaxpr") and hasattr(x.jaxpr, "eqns"))
-
-    return any(is_jaxpr(v) or (isinstance(v, (tuple, list)) and any(map(is_jaxpr, v))) for v in params.values())
+    for value in params.values():
+        for x in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(x, "eqns") or (hasattr(x, "jaxpr") and hasattr(x.jaxpr, "eqns")):
+                return True
+    return False
 
 
 def _join(outer: str, eqn: Any) -> str:

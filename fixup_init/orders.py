@@ -10,6 +10,7 @@ A chain of m weight layers has order m, so Fixup's rule (Zhang et al. 2019, Sec.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
@@ -22,7 +23,7 @@ from fixup_init import jaxprs
 from fixup_init.graph import COPIES, Graph
 from fixup_init.jaxprs import Loop, Op, p
 
-__all__ = ["SQUASH", "Order", "has_rule", "orders"]
+__all__ = ["ADDITIVE", "SQUASH", "Order", "has_rule", "orders"]
 
 Order = float | np.ndarray  # an exponent, or a vector of them
 
@@ -47,7 +48,7 @@ LEAST = frozenset({
 })  # fmt: skip
 _UPDATES = frozenset({p.dynamic_update_slice_p, p.scatter_p})
 _SCATTERS = frozenset({p.scatter_p, p.scatter_add_p, p.scatter_max_p, p.scatter_min_p, jaxprs.SCATTER_SUB})
-_ADDITIVE = frozenset({p.add_p, p.sub_p, p.concatenate_p, jaxprs.STACK})
+ADDITIVE = frozenset({p.add_p, p.sub_p, p.concatenate_p, jaxprs.STACK})
 PRODUCT = frozenset({p.mul_p, p.dot_general_p, p.conv_general_dilated_p, p.scatter_mul_p})
 # A constant is left when the argument vanishes.
 SQUASH = frozenset({
@@ -98,24 +99,42 @@ def orders(
       The order of every value made, the seeds included.
     """
     known: dict[int, Order] = dict(seeds)
-
-    def run(made: Sequence[Op]) -> None:
-        at = 0
-        while at < len(made):
-            op = made[at]
-            if op.primitive is jaxprs.CARRY_IN and op.loop is not None and (body := _body(made, at)):
-                _again(run, made[at : at + body], op.loop, known)
-                at += body
-                continue
-            found = _order(graph, op, known, arms, far, inside)
-            for v in op.outputs:
-                if v not in seeds:
-                    passed = transparent.get(v, ()) if transparent else ()
-                    known[v] = next((known[s] for s in passed if s in known), 0.0) if passed else found
-            at += 1
-
-    run([graph.program.ops[k] for k in ops])
+    made = [graph.program.ops[k] for k in ops]
+    _run(made, known, _Question(graph, seeds, transparent or {}, arms or {}, far, inside))
     return known
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Question:
+    """What `orders` was asked."""
+
+    graph: Graph
+    seeds: Mapping[int, Order]
+    transparent: Mapping[int, Sequence[int]]
+    arms: Mapping[int, np.ndarray]
+    far: bool
+    inside: bool
+
+
+def _run(made: Sequence[Op], known: dict[int, Order], asked: _Question) -> None:
+    """Adds to `known` the orders of what some operations make."""
+    rules, seeds, transparent = asked.graph.rules[asked.far], asked.seeds, asked.transparent
+    at = 0
+    for k, op in enumerate(made):
+        if k < at:
+            continue
+        if op.primitive is jaxprs.CARRY_IN and op.loop is not None and (body := _body(made, k)):
+            at = k + body
+            _again(made[k:at], op.loop, known, asked)
+            continue
+        rule = rules.get(op)
+        if rule is None:
+            rule = rules[op] = _rule(asked.graph, op, asked.far)
+        found = rule(known, asked)
+        for v in op.outputs:
+            if v not in seeds:
+                passed = transparent.get(v)
+                known[v] = found if passed is None else next((known[s] for s in passed if s in known), 0.0)
 
 
 def _body(made: Sequence[Op], at: int) -> int:
@@ -143,15 +162,15 @@ def _within(loop: Loop | None, outer: Loop) -> bool:
 _PASSES = 3
 
 
-def _again(run: Callable[[Sequence[Op]], None], body: Sequence[Op], loop: Loop, known: dict[int, Order]) -> None:
+def _again(body: Sequence[Op], loop: Loop, known: dict[int, Order], asked: _Question) -> None:
     """Runs the body of a scan as often as it shows how its carries go on, and goes on with that."""
     starts = [op for op in body if op.primitive is jaxprs.CARRY_IN and op.loop is loop]
     rest = [op for op in body if op not in starts]
     passes = min(_PASSES, loop.length)
-    run(starts)
+    _run(starts, known, asked)
     history: list[list[Order]] = []
     for done in range(1, passes + 1):
-        run(rest)
+        _run(rest, known, asked)
         history.append([known.get(out, 0.0) for _, out in loop.carries])
         if done < passes:
             known.update((carry, known[out]) for carry, out in loop.carries if carry in known and out in known)
@@ -168,39 +187,42 @@ def _least(values: Sequence[Order]) -> Order:
     if len(values) == 1:
         return values[0]
     vectors = [v for v in values if isinstance(v, np.ndarray)]
-    numbers = [v for v in values if not isinstance(v, np.ndarray)]
     if not vectors:
-        return min(numbers)
+        return min(values)
+    numbers = [v for v in values if not isinstance(v, np.ndarray)]
     least = functools.reduce(np.fmin, vectors)
     return np.minimum(least, min(numbers)) if numbers else least  # NaN, not dependent, stays NaN
 
 
 def _product(left: Order, right: Order) -> Order:
-    if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
-        return np.where(np.isnan(left), right, np.where(np.isnan(right), left, left + right))
-    return left + right
+    if not isinstance(right, np.ndarray):
+        return left + right if right else left
+    if not isinstance(left, np.ndarray):
+        return left + right if left else right
+    both = left + right
+    return np.where(np.isnan(both), np.fmin(left, right), both)  # that which is no NaN, if one is
 
 
-def _order(
-    graph: Graph, op: Op, known: Mapping[int, Order], arms: Mapping[int, np.ndarray] | None, far: bool,
-    inside: bool,
-) -> Order:  # fmt: skip
+Rule = Callable[[Mapping[int, Order], _Question], Order]  # the order of an operation's result, from those known
+
+
+def _rule(graph: Graph, op: Op, far: bool) -> Rule:
+    """What an operation does to orders. What does not depend on the question asked is found here, once."""
     primitive = op.primitive
 
-    def of(value: int, guard: bool = False) -> Order:
-        if value in known:
-            return known[value]
+    def given(value: int, guard: bool = False) -> _Given:
+        """A value and its order where it comes from outside."""
         if graph.kind[value]:
-            return 0.0
+            return value, 0.0
         number = graph.literal(value)
         if number == 0 or number != number or (guard and number is not None and (far or abs(number) <= EPSILON)):
-            return math.inf
-        return 0.0
+            return value, math.inf
+        return value, 0.0
 
-    if primitive in KEEP:
-        return of(op.inputs[0])
+    if primitive in KEEP or primitive is p.sort_p:
+        return _kept(*given(op.inputs[0]))
     if primitive in PRODUCT:
-        return _product(of(op.inputs[0]), of(op.inputs[1]))
+        return _multiplied(given(op.inputs[0]), given(op.inputs[1]))
     if primitive in LEAST:
         inputs = op.inputs
         if primitive is p.dynamic_update_slice_p:
@@ -211,49 +233,130 @@ def _order(
             inputs = inputs[1:]
         if primitive in (p.max_p, p.min_p):  # a bound that zero keeps is far away: relu6, hard tanh
             inputs = tuple(v for v in inputs if not _slack(graph, primitive, v)) or inputs
-        elif primitive in _ADDITIVE and any(graph.is_activation(v) for v in inputs):
-            inputs = tuple(v for v in inputs if not graph.is_parameter(v))  # additive parameters do not count
-            if inside:
-                asked = [v for v in inputs if isinstance(known.get(v), np.ndarray)]
-                asked = asked or [v for v in inputs if v in known and graph.is_activation(v)]
-                inputs = (*asked, *(v for v in inputs if not graph.is_activation(v))) if asked else inputs
-        return _least([of(v, guard=True) for v in inputs]) if inputs else 0.0
+        elif primitive in ADDITIVE and (active := frozenset(filter(graph.is_activation, inputs))):
+            # Additive parameters do not count.
+            return _added([given(v, True) for v in inputs if not graph.is_parameter(v)], active)
+        return _lesser([given(v, True) for v in inputs])
     if primitive is p.select_n_p:
         chosen = _at_zero(graph, op.inputs[0]) if len(op.inputs) == 3 else None
-        found = [of(v) for v in op.inputs[1:]] if chosen is None else [of(op.inputs[1 + chosen])]
-        return _least([x for x in found if isinstance(x, np.ndarray)] or found) if inside else _least(found)
+        return _selected([given(v) for v in (op.inputs[1:] if chosen is None else [op.inputs[1 + chosen]])])
     if primitive is p.clamp_p:
-        return of(op.inputs[1])
+        return _kept(*given(op.inputs[1]))
     if primitive is jaxprs.CHOOSE:
-        found = [of(v) for v in op.inputs[:-1]]
-        least = _least(found)
-        if arms is None or op.params["switch"] not in arms:
-            return least
-        runs = arms[op.params["switch"]]
-        return np.select([runs == k for k in range(len(found))], found, least)
+        return _chosen([given(v) for v in op.inputs[:-1]], op.params["switch"])
     if primitive is p.div_p:
-        above, below = of(op.inputs[0]), of(op.inputs[1])
-        if isinstance(below, np.ndarray):
-            return _product(above, np.where(np.isinf(below), 0.0, -below))
-        return above - below if math.isfinite(below) else above
-    if primitive is p.sort_p:
-        return of(op.inputs[0])
+        return _divided(given(op.inputs[0]), given(op.inputs[1]))
     power = _power(graph, op)
     if power is not None:
-        x = of(op.inputs[0])
+        return _raised(given(op.inputs[0]), power)
+    if primitive in SQUASH:
+        return _squashed(*given(op.inputs[0]))
+    if primitive in _DISCRETE:
+        return _constant
+    if jaxprs.is_ragged_dot(primitive):
+        return _multiplied(given(op.inputs[0]), given(op.inputs[1]))
+    if primitive in jaxprs.collectives():
+        return _kept(*given(op.inputs[0]))
+    return _unruled([given(v) for v in op.inputs], [graph.is_activation(v) for v in op.inputs])
+
+
+_Given = tuple[int, float]  # a value, and its order where it comes from outside
+
+
+def _constant(known: Mapping[int, Order], asked: _Question) -> Order:
+    return 0.0
+
+
+def _kept(value: int, given: float) -> Rule:
+    return lambda known, asked: known.get(value, given)
+
+
+def _multiplied(left: _Given, right: _Given) -> Rule:
+    (a, a_given), (b, b_given) = left, right
+    return lambda known, asked: _product(known.get(a, a_given), known.get(b, b_given))
+
+
+def _lesser(terms: list[_Given]) -> Rule:
+    return lambda known, asked: _least([known.get(v, given) for v, given in terms])
+
+
+def _added(terms: list[_Given], activations: frozenset[int]) -> Rule:
+    """Of a sum of activations; a term that was not asked for does not count `inside`."""
+
+    def rule(known: Mapping[int, Order], asked: _Question) -> Order:
+        counted = terms
+        if asked.inside:
+            own = [t for t in terms if isinstance(known.get(t[0]), np.ndarray)]
+            own = own or [t for t in terms if t[0] in known and t[0] in activations]
+            if own:
+                counted = own + [t for t in terms if t[0] not in activations]
+        return _least([known.get(v, given) for v, given in counted]) if counted else 0.0
+
+    return rule
+
+
+def _selected(terms: list[_Given]) -> Rule:
+    def rule(known: Mapping[int, Order], asked: _Question) -> Order:
+        found = [known.get(v, given) for v, given in terms]
+        if asked.inside:
+            found = [x for x in found if isinstance(x, np.ndarray)] or found
+        return _least(found)
+
+    return rule
+
+
+def _chosen(results: list[_Given], switch: int) -> Rule:
+    def rule(known: Mapping[int, Order], asked: _Question) -> Order:
+        found = [known.get(v, given) for v, given in results]
+        least = _least(found)
+        if switch not in asked.arms:
+            return least
+        runs = asked.arms[switch]
+        return np.select([runs == k for k in range(len(found))], found, least)
+
+    return rule
+
+
+def _divided(above: _Given, below: _Given) -> Rule:
+    (a, a_given), (b, b_given) = above, below
+
+    def rule(known: Mapping[int, Order], asked: _Question) -> Order:
+        over, under = known.get(a, a_given), known.get(b, b_given)
+        if isinstance(under, np.ndarray):
+            return _product(over, np.where(np.isinf(under), 0.0, -under))
+        return over - under if math.isfinite(under) else over
+
+    return rule
+
+
+def _raised(base: _Given, power: float) -> Rule:
+    value, given = base
+
+    def rule(known: Mapping[int, Order], asked: _Question) -> Order:
+        x = known.get(value, given)
         if isinstance(x, np.ndarray):
             found = power * np.where(np.isinf(x) & (power < 0), 0.0, x) if power else np.zeros_like(x)
             return np.where(np.isnan(x), np.nan, found)
         return power * x if power and (math.isfinite(x) or power > 0) else 0.0
-    if primitive in _DISCRETE or primitive in SQUASH:
-        x = of(op.inputs[0]) if primitive in SQUASH else 0.0
+
+    return rule
+
+
+def _squashed(value: int, given: float) -> Rule:
+    def rule(known: Mapping[int, Order], asked: _Question) -> Order:
+        x = known.get(value, given)
         return np.where(np.isnan(x), np.nan, 0.0) if isinstance(x, np.ndarray) else 0.0
-    if jaxprs.is_ragged_dot(primitive):
-        return _product(of(op.inputs[0]), of(op.inputs[1]))
-    if primitive in jaxprs.collectives():
-        return of(op.inputs[0])
-    streams = [of(v) for v in op.inputs if graph.is_activation(v) or v in known]
-    return _least(streams) if streams else 0.0  # no rule
+
+    return rule
+
+
+def _unruled(terms: list[_Given], activations: list[bool]) -> Rule:
+    def rule(known: Mapping[int, Order], asked: _Question) -> Order:
+        pairs = zip(terms, activations, strict=True)
+        streams = [known.get(v, given) for (v, given), active in pairs if active or v in known]
+        return _least(streams) if streams else 0.0
+
+    return rule
 
 
 _COMPARISONS = {p.lt_p: operator.lt, p.le_p: operator.le, p.gt_p: operator.gt, p.ge_p: operator.ge}

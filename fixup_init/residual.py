@@ -20,6 +20,7 @@ from fixup_init.jaxprs import p
 from fixup_init.normalization import Norm
 from fixup_init.terms import (
     SCALING,
+    SUMS,
     UNSCALED,
     Streams,
     Term,
@@ -33,7 +34,6 @@ from fixup_init.terms import (
     is_repeated,
     is_scaled,
     is_sum,
-    mixes,
     reshapes,
     term_of,
     together,
@@ -73,9 +73,10 @@ class Undecided:
 def find(graph: Graph, norms: tuple[Norm, ...]) -> tuple[tuple[Residual, ...], tuple[Undecided, ...]]:
     """All residual sums in trace order, and those that cannot be decided."""
     search = _Search(graph, norms)
-    for k in range(len(graph.program.ops)):
-        node = k + len(graph.inputs)
-        if node in search.inside or not is_sum(graph, node) or search.absorber(node) is not None:
+    for node, op in enumerate(graph.program.ops, len(graph.inputs)):
+        if op.primitive not in SUMS or node in search.inside:
+            continue
+        if not is_sum(graph, node) or search.absorber(node) is not None:
             continue
         values = search.terms(node)
         split = search.split(node, values)
@@ -272,7 +273,7 @@ class _Search(Streams):
             n = todo.pop()
             if n == start:
                 continue
-            if n < start or n in graph.layers or (n not in self.splits and mixes(graph, n)):
+            if n < start or n in graph.layers or (n not in self.splits and n in self.mixing):
                 return False
             above = (self.splits[n],) if n in self.splits else graph.parents[n]
             todo.extend(a for a in above if a not in seen)
@@ -344,6 +345,8 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
     graph = search.graph
     if not graph.shape(node):
         return None  # one number: a sum of losses
+    if search.working.isdisjoint(split.colors):
+        return None  # one elementwise formula
     terms = [term_of(search, v, 1 << t, split) for t, v in enumerate(values)]
     weighted = [t for t in terms if t.layers]
     plain = [t for t in terms if not t.layers]
@@ -391,7 +394,7 @@ def _are_branches(search: _Search, node: int, skip: Term, branches: list[Term], 
     for term in branches:
         end = _end(graph, term)
         goes_on = len(graph.users[end]) > 1
-        if not follows(search, term, split) and (skip.layers or goes_on):
+        if (skip.layers or goes_on) and not follows(search, term, split):
             return False  # another stream, and a condition that it is given
         if goes_on and end in search.residuals:
             return False  # a stream that goes on elsewhere

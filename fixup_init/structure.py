@@ -12,7 +12,7 @@ from fixup_init import jaxprs
 from fixup_init.branch import Branch as BranchNodes
 from fixup_init.branch import arms_of
 from fixup_init.graph import COPIES, Graph, ancestors
-from fixup_init.jaxprs import Loop, opaque, p
+from fixup_init.jaxprs import Loop, p
 from fixup_init.orders import has_rule, orders
 from fixup_init.plain import plain
 from fixup_init.residual import Residual
@@ -388,12 +388,12 @@ def _arms(graph: Graph, node: int) -> tuple[Arm, ...]:
 
 def _regions(graph: Graph) -> tuple[Region, ...]:
     found = []
-    for node in graph.parents:
+    for node in graph.regions:
         op = graph.op(node)
-        if op is not None and opaque(op.primitive):
-            leaves = dict.fromkeys(o for v in op.inputs for o in graph.origins.get(v, ()))
-            paths = tuple(graph.leaves[o].path for o in leaves if graph.leaves[o].kind == "param")
-            found.append(Region(op.name, op.scope, paths))
+        assert op is not None
+        leaves = dict.fromkeys(o for v in op.inputs for o in graph.origins.get(v, ()))
+        paths = tuple(graph.leaves[o].path for o in leaves if graph.leaves[o].kind == "param")
+        found.append(Region(op.name, op.scope, paths))
     return tuple(found)
 
 
@@ -434,7 +434,7 @@ def _branch(names: _Names, residual: Residual, branch: BranchNodes, repeats: int
         arms=_arms(graph, graph.node_of[residual.sum]),
         alternatives=_alternatives(graph, residual, branch),
         sum=names.sums[residual.sum],
-        regions=tuple(op.name for n in sorted(branch.nodes) if (op := graph.op(n)) and opaque(op.primitive)),
+        regions=tuple(op.name for n in graph.regions if n in branch.nodes and (op := graph.op(n))),
     )
 
 
@@ -504,9 +504,11 @@ def _carried(graph: Graph, loop: Loop) -> frozenset[int]:
 def _leads_to_layers(graph: Graph) -> set[int]:
     """Nodes behind which there are weight layers."""
     found: set[int] = set()
+    leading = set(graph.layers)
     for node in sorted(graph.users, reverse=True):
-        if any(u in found or u in graph.layers for u in graph.users[node]):
+        if not leading.isdisjoint(graph.users[node]):
             found.add(node)
+            leading.add(node)
     return found
 
 
@@ -552,13 +554,10 @@ def _parameters(traced: Traced, layers: dict[int, tuple[LayerInfo, ...]]) -> tup
             in_norms[v] = "norm_scale"
         for v in norm.bias:
             in_norms[v] = "norm_bias"
-    for node in graph.parents:
-        op = graph.op(node)
-        if op is None or node in graph.layers:
+    for node, op in enumerate(graph.made_by):
+        if op is None or node not in graph.parents or node in graph.layers:
             continue
         for value in op.inputs:
-            if graph.is_activation(value):
-                continue
             for v in graph.origins.get(value, ()):
                 if v not in uses:
                     continue

@@ -15,10 +15,11 @@ from fixup_init.normalization import Norm
 from fixup_init.orders import PRODUCT, Order, has_rule, orders
 
 __all__ = [
-    "SCALING", "UNSCALED", "Streams", "Term", "addends", "apart", "carries", "follows", "is_fed", "is_gated",
-    "is_linear", "is_repeated", "is_scaled", "is_sum", "mixes", "ops_of", "reshapes", "term_of", "together", "unscaled",
+    "SCALING", "SUMS", "UNSCALED", "Streams", "Term", "addends", "apart", "carries", "follows", "is_fed", "is_gated",
+    "is_linear", "is_repeated", "is_scaled", "is_sum", "ops_of", "reshapes", "term_of", "together", "unscaled",
 ]  # fmt: skip
 
+SUMS = frozenset({p.add_p, p.sub_p, p.add_jaxvals_p, p.scatter_add_p})
 # Operations that combine different positions or channels.
 MIXING = frozenset({
     p.dot_general_p, p.conv_general_dilated_p, p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.reduce_window_sum_p,
@@ -51,8 +52,16 @@ class Streams:
         self.normed = {graph.node_of[n.core] for n in norms}
         self.weighted = set(graph.layers)  # nodes with a weight layer at or before them
         for node, above in graph.parents.items():
-            if any(a in self.weighted for a in above):
+            if not self.weighted.isdisjoint(above):
                 self.weighted.add(node)
+        one_of = {op.primitive: op for op in graph.program.ops}
+        mixing = {q for q, op in one_of.items() if q in MIXING or not has_rule(op)}
+        first = len(graph.inputs)
+        # Nodes that combine different positions or channels.
+        self.mixing = {first + k for k, op in enumerate(graph.program.ops) if op.primitive in mixing}
+        self.working = self.mixing.union(graph.layers)
+        # Regions that are not entered and take parameters: how many layers they hold is not known.
+        self.closed = {n for n in graph.regions if any(map(graph.is_parameter, graph.program.ops[n - first].inputs))}
         self.alive = ancestors(graph, graph.outputs) or set()  # the rest only goes on to the next pass of a scan
         self.splits: dict[int, int] = {}  # of the residuals found, by the node of the sum
 
@@ -62,12 +71,9 @@ def addends(graph: Graph, node: int) -> tuple[int, ...]:
     op = graph.op(node)
     if op is None or node not in graph.parents:
         return ()
-    if op.primitive in (p.add_p, p.sub_p, p.add_jaxvals_p):
-        added = op.inputs
-    elif op.primitive is p.scatter_add_p:
-        added = (op.inputs[0], op.inputs[2])
-    else:
+    if op.primitive not in SUMS:
         return ()
+    added = (op.inputs[0], op.inputs[2]) if op.primitive is p.scatter_add_p else op.inputs
     return added if all(graph.is_activation(v) for v in added) else ()
 
 
@@ -100,7 +106,7 @@ def term_of(streams: Streams, value: int, color: int, split: Split) -> Term:
     reached = sorted(n for n, mask in split.colors.items() if mask & color)
     below: set[int] = {split.node}
     for n in reached:
-        if any(a in below for a in graph.parents[n]):
+        if not below.isdisjoint(graph.parents[n]):
             below.add(n)
     nodes = tuple(n for n in reached if n in below)
     aside: set[int] = set()  # a second source, as far back as nothing else uses it
@@ -116,21 +122,31 @@ def term_of(streams: Streams, value: int, color: int, split: Split) -> Term:
         aside.add(n)
         for a in graph.parents[n]:
             heapq.heappush(heap, -a)
-    return Term(
-        (value,), nodes, tuple(sorted(aside)), tuple(n for n in nodes if n in graph.layers),
-        any(mixes(graph, n) for n in nodes if n not in streams.inside),
-        any(_is_closed(graph, n) for n in nodes),
-    )  # fmt: skip
+    layers = tuple(n for n in nodes if n in graph.layers)
+    mixes = any(n in streams.mixing and n not in streams.inside for n in nodes)
+    if mixes and not layers:
+        mixes = not _is_multiple(graph, value, split.node)
+    return Term((value,), nodes, tuple(sorted(aside)), layers, mixes, not streams.closed.isdisjoint(nodes))
 
 
-def mixes(graph: Graph, node: int) -> bool:
-    op = graph.op(node)
-    return op is not None and (op.primitive in MIXING or jaxprs.opaque(op.primitive) or not has_rule(op))
-
-
-def _is_closed(graph: Graph, node: int) -> bool:
-    op = graph.op(node)
-    return op is not None and jaxprs.opaque(op.primitive) and any(graph.is_parameter(v) for v in op.inputs)
+def _is_multiple(graph: Graph, value: int, split: int) -> bool:
+    """Whether a term is its split times something, whatever that is made of: x + x g(x) is x (1 + g(x)), which scales x
+    and adds nothing that was mixed (global response normalization)."""
+    seen: set[int] = set()
+    todo = [graph.node_of[value]]
+    while todo:
+        n = todo.pop()
+        op = graph.op(n)
+        if n == split:
+            return True
+        if op is None or n < split or n in seen:
+            continue
+        seen.add(n)
+        if op.primitive in UNSCALED or op.primitive in (p.mul_p, p.neg_p):
+            todo.extend(graph.parents[n])
+        elif op.primitive is p.div_p and graph.is_activation(op.inputs[0]):
+            todo.append(graph.node_of[op.inputs[0]])
+    return False
 
 
 def reshapes(graph: Graph, term: Term) -> bool:
@@ -225,13 +241,12 @@ def _pieces(streams: Streams, term: Term, split: Split) -> list[tuple[int, tuple
     graph = streams.graph
     op = graph.op(split.node)
     results = op.outputs if op is not None else (graph.value(split.node),)
+    held = set(term.nodes)
     found = []
-    for n in term.nodes:
+    for n in graph.users[split.node]:
         reader = graph.op(n)
-        assert reader is not None
-        for v in reader.inputs:
-            if v in results:
-                found.append((v, _bounds(graph, reader, v)))
+        if n in held and reader is not None:
+            found += [(v, _bounds(graph, reader, v)) for v in reader.inputs if v in results]
     found += [(v, _bounds(graph, None, v)) for v in term.values if v in results]
     return found
 
@@ -278,17 +293,19 @@ def is_gated(streams: Streams, value: int) -> bool:
     if op is None or op.primitive is not p.mul_p or graph.node_of[value] in streams.normed:
         return False
     nodes = [graph.node_of.get(v) for v in op.inputs]
-    return all(n in streams.weighted for n in nodes) and len({_formula(graph, n) for n in nodes if n is not None}) > 1
+    return all(n in streams.weighted for n in nodes) and len({_formula(streams, n) for n in nodes if n is not None}) > 1
 
 
-def _formula(graph: Graph, node: int) -> frozenset[int]:
+def _formula(streams: Streams, node: int) -> frozenset[int]:
     """The nodes that an elementwise formula begins at."""
+    graph = streams.graph
     begins: set[int] = set()
     seen, todo = {node}, [node]
     while todo:
         n = todo.pop()
         above = graph.parents[n]
-        if n in graph.layers or not above or mixes(graph, n) or any(graph.shape(a) != graph.shape(n) for a in above):
+        ends = n in graph.layers or not above or n in streams.mixing
+        if ends or any(graph.shape(a) != graph.shape(n) for a in above):
             begins.add(n)
         else:
             todo.extend(a for a in above if a not in seen)

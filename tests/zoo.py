@@ -197,6 +197,22 @@ class ConvNeXt(nn.Module):
         return nn.Dense(10)(nn.LayerNorm()(x.mean((1, 2))))
 
 
+class ResponseNormalized(nn.Module):
+    """ConvNeXt V2 (Woo et al. 2023): global response normalization, x + gamma x n(x) + beta, adds nothing to x."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Conv(32, (4, 4), (4, 4))(x)
+        for k in range(3):
+            y = nn.gelu(nn.Dense(128)(nn.LayerNorm()(nn.Conv(32, (7, 7), feature_group_count=32)(x))))
+            size = jnp.linalg.norm(y, axis=(1, 2), keepdims=True)
+            gamma = self.param(f"gamma{k}", nn.initializers.zeros, (128,))
+            beta = self.param(f"beta{k}", nn.initializers.zeros, (128,))
+            y = y + gamma * (y * (size / (size.mean(-1, keepdims=True) + 1e-6))) + beta
+            x = x + nn.Dense(32)(y)
+        return nn.Dense(10)(nn.LayerNorm()(x.mean((1, 2))))
+
+
 class StandardizedConv(nn.Module):
     """A convolution whose kernel is standardized (Brock et al. 2021)."""
 
@@ -458,6 +474,8 @@ ZOO: tuple[Case, ...] = (
     Case("densenet", lambda: DenseBlocks(), (IMAGES,), 0, (), 3, "Conv_0/kernel", "Dense_0/kernel"),
     Case("poolformer", lambda: PoolMixer(), (IMAGES,), 4, ((0, 0.0, "identity"), (2, 2.0, "identity")) * 2, 4,
          "Conv_0/kernel", "Dense_4/kernel"),
+    Case("convnext-v2", lambda: ResponseNormalized(), (IMAGES,), 3, ((3, 2.0, "identity"),) * 3, 7, "Conv_0/kernel",
+         "Dense_6/kernel"),
     Case("convnext", lambda: ConvNeXt(), (IMAGES,), 3, ((3, 2.0, "identity"),) * 3, 5, "Conv_0/kernel",
          "Dense_6/kernel"),
     Case("nfnet", lambda: NFNet(), (IMAGES,), 3, ((4, 0.0, "identity"),) * 3, 0, "StandardizedConv_0/w", "head/kernel"),
