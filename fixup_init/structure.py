@@ -619,7 +619,9 @@ def _is_part(graph: Graph, value: int, leaf: int) -> bool:
 
 def _is_table(graph: Graph, node: int, value: int, leaf: int) -> bool:
     """Whether an additive parameter varies over more than the features of the layer before it."""
-    size = min(math.prod(graph.leaves[leaf].shape), math.prod(graph.program.shape(value)))  # in one pass of a scan
+    made = [v for k in graph.behind([value]) for v in graph.program.ops[k].outputs if leaf in graph.origins.get(v, ())]
+    # What it was cut down to before it was repeated, in one pass of a scan.
+    size = min(math.prod(shape) for shape in (graph.leaves[leaf].shape, *map(graph.program.shape, (*made, value))))
     if max((n for n in graph.program.shape(value)), default=1) == size:
         return False  # a vector
     while len(graph.parents[node]) == 1:

@@ -37,13 +37,11 @@ QUICK = (
 )  # fmt: skip
 
 
-def over(quick: tuple[str, ...] | None = None, failing: Mapping[str, str] | None = None) -> Any:
-    """Runs a test for every model; those that are large, or not in `quick`, are slow. `failing`: why, by name."""
+def over(quick: tuple[str, ...] | None = None) -> Any:
+    """Runs a test for every model; those that are large, or not in `quick`, are slow."""
 
     def marks(name: str) -> list[Any]:
-        slow = name in LARGE or (quick is not None and name not in quick)
-        why = (failing or {}).get(name)
-        return [pytest.mark.slow] * slow + ([pytest.mark.xfail(strict=True, reason=why)] if why else [])
+        return [pytest.mark.slow] * (name in LARGE or (quick is not None and name not in quick))
 
     cases = [pytest.param(case, id=name, marks=marks(name)) for name, case in CASES.items()]
     return pytest.mark.parametrize("case", cases)
@@ -173,8 +171,7 @@ def test_batch_size_changes_nothing(case: Case) -> None:
     assert comparable(s) == comparable(reference(case))
 
 
-@over(("resnet20-v1", "mixer", "decoder", "gan-class", "haiku-gru", "equinox-resnet"),
-      {"haiku-gru": "a bias split and repeated over the batch is called a position table"})  # fmt: skip
+@over(("resnet20-v1", "mixer", "decoder", "gan-class", "haiku-gru", "equinox-resnet"))
 def test_a_batch_of_one_changes_nothing(case: Case) -> None:
     if case.name in ONE_EXAMPLE:
         pytest.skip(ONE_EXAMPLE[case.name])
