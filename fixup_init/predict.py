@@ -341,7 +341,7 @@ def _install(traced: Traced, interpreter: Interpreter) -> None:
         ops = [program.ops[n - first] for n in sorted(norm.region) if n >= first]
         if norm.form != "train" or not ops:
             continue
-        region = Normalization(norm.source, norm.axes, program.shape(norm.source), ops[0])
+        region = Normalization(norm.source, norm.axes, program.shape(norm.source), ops, program.shape)
         for op in ops:
             interpreter.instead.setdefault(id(op), functools.partial(region, interpreter))
 

@@ -13,7 +13,7 @@ it has; a nonlinear function of several sources takes their joint distribution a
 a lattice too, of mean zero, taken as independent of the forward pass; every rule has its transpose.
 
 Imports run one way: `lattice`, `values`, `polynomials`, `environment` (what a rule is given), the modules of rules,
-`rules` (the table of them), `interpreter`, `norms`.
+`rules` (the table of them), `interpreter`, `spectrum`, `norms`.
 
 References: Poole et al. 2016 (arXiv:1606.05340); Schoenholz et al. 2017 (arXiv:1611.01232); Xiao et al. 2018
 (arXiv:1806.05393); Yang et al. 2019 (arXiv:1902.08129).
