@@ -133,7 +133,8 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
             elif graph.node_of[tap.value] in broken:
                 notes.add("backward " + broken[graph.node_of[tap.value]])
             elif node is not None and node in cotangents:
-                backward = _statistics(np.zeros(()), cotangents[node], node.shape, channels[tap.value])
+                backward = _statistics(np.zeros(()), cotangents[node].lattice, node.shape, channels[tap.value])
+                notes |= {note for note, share in cotangents[node].notes.items() if share > 0.5}
                 if not math.isfinite(backward.variance):
                     backward = None
                     notes.add("backward unknown: a rule was not found on the way")
@@ -150,7 +151,7 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
     )
 
 
-def _backward(interpreter: Interpreter, starts: Sequence[int]) -> dict[Node, np.ndarray]:
+def _backward(interpreter: Interpreter, starts: Sequence[int]) -> dict[Node, moments.Cotangent]:
     found: dict[Node, np.ndarray] = {}
     for v in starts:
         node, value = interpreter.tapped.get((v, ()), (None, None))

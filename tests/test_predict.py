@@ -167,6 +167,16 @@ def test_softmax_of_two_scores() -> None:
     assert moments.softmax_square(1.0, 4096) == pytest.approx(math.e / 4096, rel=5e-3)
 
 
+@pytest.mark.parametrize("variance, n", [(1.0, 16), (0.3, 3), (4.0, 8)])
+def test_what_a_cotangent_meets_at_a_softmax(variance: float, n: int) -> None:
+    """sum_k (a_k (g_k - sum_l a_l g_l))^2 for independent g."""
+    scores = math.sqrt(variance) * np.random.default_rng(0).normal(size=(200_000, n))
+    a = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    squares = np.square(a).sum(1)
+    met = (squares - 2 * (a**3).sum(1) + squares**2).mean()
+    assert moments.softmax_powers(variance, n) == pytest.approx((squares.mean(), met), rel=5e-3)
+
+
 # --- sums of dependent values, borders, pooling: against numbers
 
 

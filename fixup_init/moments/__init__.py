@@ -19,15 +19,16 @@ References: Poole et al. 2016 (arXiv:1606.05340); Schoenholz et al. 2017 (arXiv:
 (arXiv:1806.05393); Yang et al. 2019 (arXiv:1902.08129).
 """
 
-from fixup_init.moments.backward import pull_back
+from fixup_init.moments.backward import Cotangent, pull_back
 from fixup_init.moments.interpreter import Interpreter
 from fixup_init.moments.lattice import settled, total
 from fixup_init.moments.norms import Normalization
 from fixup_init.moments.polynomials import moments_of
-from fixup_init.moments.softmax import INSIDE, Softmax, softmax_of, softmax_square, softmaxes
+from fixup_init.moments.softmax import INSIDE, Softmax, softmax_of, softmax_powers, softmax_square, softmaxes
 from fixup_init.moments.values import Node, Value, fixed, gaussian, known, of_source, ones, unknown
 
 __all__ = [
-    "INSIDE", "Interpreter", "Node", "Normalization", "Softmax", "Value", "fixed", "gaussian", "known", "moments_of",
-    "of_source", "ones", "pull_back", "settled", "softmax_of", "softmax_square", "softmaxes", "total", "unknown",
+    "INSIDE", "Cotangent", "Interpreter", "Node", "Normalization", "Softmax", "Value", "fixed", "gaussian", "known",
+    "moments_of", "of_source", "ones", "pull_back", "settled", "softmax_of", "softmax_powers", "softmax_square",
+    "softmaxes", "total", "unknown",
 ]  # fmt: skip

@@ -32,9 +32,10 @@ class Cotangent:
     lattice: Lattice
     grid: np.ndarray | None = None
     factor: np.ndarray | None = None
+    notes: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by which share of it they are true of
 
 
-def pull_back(starts: Mapping[Node, Lattice], strict: bool = False) -> dict[Node, Lattice]:
+def pull_back(starts: Mapping[Node, Lattice], strict: bool = False) -> dict[Node, Cotangent]:
     """Cotangents of every node from those of some.
 
     Args:
@@ -49,13 +50,13 @@ def pull_back(starts: Mapping[Node, Lattice], strict: bool = False) -> dict[Node
             nodes[node.number] = node
             todo.extend(way.node for way in node.inputs)
     arriving: dict[Node, list[Cotangent]] = {node: [Cotangent(lattice)] for node, lattice in starts.items()}
-    found: dict[Node, Lattice] = {}
+    found: dict[Node, Cotangent] = {}
     for number in sorted(nodes, reverse=True):
         node = nodes[number]
         if node not in arriving:
             continue
         own = _together(arriving.pop(node), len(node.shape))
-        found[node] = own.lattice
+        found[node] = own
         for way in node.inputs:
             with np.errstate(all="ignore"):
                 try:
@@ -71,10 +72,13 @@ def pull_back(starts: Mapping[Node, Lattice], strict: bool = False) -> dict[Node
 
 def _pulled(node: Node, own: Cotangent, way: Way) -> Cotangent:
     if way.pull is None:
-        return _through_slope(node, own, way)
-    if way.keeps:
-        return Cotangent(way.pull(own.lattice), own.grid, own.factor)
-    return Cotangent(way.pull(own.lattice))
+        part = _through_slope(node, own, way)
+    elif way.keeps:
+        part = Cotangent(way.pull(own.lattice), own.grid, own.factor)
+    else:
+        part = Cotangent(way.pull(own.lattice))
+    notes = {**own.notes, way.note: 1.0} if way.note else own.notes
+    return dataclasses.replace(part, notes=notes) if notes else part
 
 
 def _together(parts: Sequence[Cotangent], rank: int) -> Cotangent:
@@ -82,18 +86,22 @@ def _together(parts: Sequence[Cotangent], rank: int) -> Cotangent:
     if len(parts) == 1:
         return parts[0]
     lattice = functools.reduce(np.add, (c.lattice for c in parts))
-    grids = [c.grid for c in parts if c.grid is not None]
-    if not grids:
-        return Cotangent(lattice)
-    grid = np.unique(np.concatenate(grids))
     weights = [float(same(c.lattice, rank).mean()) for c in parts]
     whole = sum(weights)
     if not whole > 0:
         return Cotangent(lattice)
+    notes: dict[str, float] = {}
+    for c, w in zip(parts, weights, strict=True):
+        for note, share in c.notes.items():
+            notes[note] = notes.get(note, 0.0) + share * w / whole
+    grids = [c.grid for c in parts if c.grid is not None]
+    if not grids:
+        return Cotangent(lattice, notes=notes)
+    grid = np.unique(np.concatenate(grids))
     factor = np.zeros(grid.size)
     for c, w in zip(parts, weights, strict=True):
         factor += w / whole * (1.0 if c.grid is None or c.factor is None else np.interp(grid, c.grid, c.factor))
-    return Cotangent(lattice, grid, factor)
+    return Cotangent(lattice, grid, factor, notes)
 
 
 def _through_slope(node: Node, own: Cotangent, way: Way) -> Cotangent:

@@ -97,12 +97,22 @@ class Environment:
 
     def made(
         self, source: Source, inputs: Sequence[tuple[Value, Callable[[Lattice], Lattice]]], notes: Iterable[str] = (),
-        keeps: bool = False,
+        keeps: bool = False, back_note: str = "",
     ) -> Value:  # fmt: skip
-        """A value that is a source of its own, with the way of cotangents back to what it was made of."""
+        """A value that is a source of its own, with the way of cotangents back to what it was made of.
+
+        Args:
+          source: what it is.
+          inputs: what it was made of, and how a cotangent goes back to each.
+          notes: what to know about the value.
+          keeps: whether entries are only moved.
+          back_note: what to know about cotangents that come this way.
+        """
         value = of_source(source)
         value.notes = frozenset(notes).union(*(v.notes for v, _ in inputs))
-        back = [Way(node, pull, keeps=keeps) for v, pull in inputs if (node := self.node(v)) is not None]
+        back = [
+            Way(node, pull, keeps=keeps, note=back_note) for v, pull in inputs if (node := self.node(v)) is not None
+        ]
         if back:
             node = Node(next(self.nodes), source.shape, back, list(value.terms))
             value.slopes = {node: unit(value.rank)}

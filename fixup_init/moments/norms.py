@@ -21,7 +21,7 @@ from fixup_init.quadrature import X
 _REDUCING = frozenset({
     p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.reduce_window_sum_p, p.dot_general_p, p.psum_p,
 })  # fmt: skip
-FEW = "approximate: a variance over few or dependent entries, near zero for some groups, whose gradients dominate"
+FEW = "gradient approximate: a variance over few or dependent entries, near zero in groups whose gradients dominate"
 _FREEDOM = 5.0  # degrees of freedom of a variance; below, the mean of 1/s^2 has a variance that is not finite
 _SMALL = 1e-3  # of the second moment: a change that is left out, so that a source stays the one it was
 
@@ -87,7 +87,7 @@ class Normalization:
             second = settled(source.second + reshaped(more, self.grouped, self.size), self.size)
             source = Source(self.size, source.mean, second, source.quantile, source.relatives)
         alias = of_source(source)
-        alias.notes = value.notes | ({FEW} if spectrum.freedom < _FREEDOM else set())
+        alias.notes = value.notes
         node = env.node(value)
         if node is not None:
 
@@ -96,7 +96,8 @@ class Normalization:
                 pulled = spectrum.pulled(reshaped(l, self.size, self.grouped))
                 return settled(reshaped(pulled, self.grouped, self.size), self.size)
 
-            made = Node(next(env.nodes), self.size, [Way(node, back)], list(alias.terms))
+            few = FEW if spectrum.freedom < _FREEDOM else ""
+            made = Node(next(env.nodes), self.size, [Way(node, back, note=few)], list(alias.terms))
             alias.slopes = {made: unit(len(self.size))}
         return alias
 

@@ -67,6 +67,7 @@ class Way:
     pull: Callable[[Lattice], Lattice] | None = None
     slope: Sequence[Term] = ()
     keeps: bool = False  # whether entries are only moved
+    note: str = ""  # what to know about a cotangent that comes by it
 
 
 @dataclasses.dataclass(eq=False)
