@@ -216,6 +216,22 @@ def test_an_operation_without_a_rule_is_named() -> None:
     assert rest[-1].forward is None and "`sort`" in rest[-1].note and rest[-1].note.startswith("unknown")
 
 
+def test_a_norm_of_few_weights_is_never_negative() -> None:
+    """Weight normalization: a sum of 12 squares is no Gaussian, whose root is not defined everywhere."""
+
+    def apply(params: Any, x: Any) -> Any:
+        return x @ (params["v"] / jnp.sqrt(jnp.square(params["v"]).sum(0)))
+
+    found = predict(fi.Function(apply, {"v": vectors(12, 64)}), vectors(16, 12), scheme="lecun").rows[-1].forward
+    assert found is not None and found.second_moment == pytest.approx(12 / 10, rel=0.03)  # E 1 / chi^2(12) = 1 / 10
+
+
+def test_a_pole_is_named() -> None:
+    net = fi.Function(lambda p, x: 1 / (x @ p["a"]), {"a": vectors(64, 64)})
+    last = predict(net, vectors(4, 64), scheme="lecun").rows[-1]
+    assert last.forward is None and last.note.startswith("unknown: `div`") and "infinite" in last.note
+
+
 def test_rows_are_those_of_analyze() -> None:
     for case in (c for c in FAMILIES if c.name in ("vae", "neox")):
         model = case.make()

@@ -14,14 +14,16 @@ from scipy import special
 
 from fixup_init import quadrature
 from fixup_init.jaxprs import Op, p
-from fixup_init.moments.distributions import distribution
+from fixup_init.moments.distributions import distribution, drawn_at, draws
 from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import Lattice, Profile, repeated, same, settled, total
-from fixup_init.moments.polynomials import kin_of, moments_of
+from fixup_init.moments.polynomials import is_linear, kin_of, moments_of
 from fixup_init.moments.values import Source, Value, sole_source
 from fixup_init.quadrature import Quantile
 
 POOLED = "approximate: the largest of some entries, taken as equally correlated"
+
+_FAR = 10.0  # standard deviations that expectations reach
 
 
 def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
@@ -31,10 +33,9 @@ def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
     before, shape = value.shape, env.program.shape(op.outputs[0])
     mean, second = moments_of(value)
     n = math.prod(before[a] for a in axes)
-    quantile = None if n >= 8 else distribution(value.terms)
-    source = Source(
-        shape, n * mean.mean(axes), settled(total(second, axes, before), shape), quantile, kin_of(value.terms)
-    )
+    summed, squares = n * mean.mean(axes), settled(total(second, axes, before), shape)
+    quantile = positive(value, summed, squares) if n >= 8 else distribution(value.terms)
+    source = Source(shape, summed, squares, quantile, kin_of(value.terms))
     if (whole := sole_source(value.terms)) is not None:
         source.sum_of = whole, axes, tuple(a for a in range(len(before)) if a not in axes)
 
@@ -46,6 +47,18 @@ def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
         return settled(l, before)
 
     return env.made(source, [(value, back)])
+
+
+def positive(value: Value, mean: Profile, second: Lattice) -> Quantile | None:
+    """The distribution of a sum of entries that are never negative, where a Gaussian would reach below zero."""
+    if is_linear(value.terms) or value.is_constant or not mean.min() > 0:
+        return None
+    m = float(mean.mean())
+    variance = float(same(second, mean.ndim).mean()) - m * m
+    if not variance > m * m / _FAR**2:
+        return None
+    drawn = drawn_at(value.terms, draws(sorted({s for _, f in value.terms for s in f}, key=lambda s: s.number)))
+    return Quantile.gamma(m * m / variance) if drawn.min() >= 0 else None
 
 
 def reduce_max(env: Environment, op: Op, args: list[Value]) -> Value:
