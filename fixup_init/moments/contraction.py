@@ -71,7 +71,12 @@ def _einsum(
                 rank += 1
         return settled(found, shapes[side])
 
-    return env.made(source, [(args[0], functools.partial(back, 0)), (args[1], functools.partial(back, 1))], notes)
+    widths = None
+    if weight[0] != weight[1]:
+        inner = names[0] if weight[0] else names[1]
+        widths = math.prod(sizes[a] for a in inner if a[0] in "xy"), n
+    ways = [(args[0], functools.partial(back, 0)), (args[1], functools.partial(back, 1))]
+    return env.made(source, ways, notes, widths=widths)
 
 
 def _scalar(value: Value) -> list[Term]:

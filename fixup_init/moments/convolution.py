@@ -102,7 +102,8 @@ def conv(env: Environment, op: Op, args: list[Value]) -> Value:
         del cotangent
         return np.full((2,) * kernel.rank + (1,) * kernel.rank, math.nan)
 
-    return env.made(source, [(value, back), (kernel, to_kernel)])
+    widths = (kernel.shape[k_spec[0]], n) if env.weights(op)[1] else None
+    return env.made(source, [(value, back), (kernel, to_kernel)], widths=widths)
 
 
 RULES: dict[Any, Rule] = {

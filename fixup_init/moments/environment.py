@@ -97,7 +97,7 @@ class Environment:
 
     def made(
         self, source: Source, inputs: Sequence[tuple[Value, Callable[[Lattice], Lattice]]], notes: Iterable[str] = (),
-        keeps: bool = False, back_note: str = "",
+        keeps: bool = False, back_note: str = "", widths: tuple[int, int] | None = None,
     ) -> Value:  # fmt: skip
         """A value that is a source of its own, with the way of cotangents back to what it was made of.
 
@@ -107,6 +107,7 @@ class Environment:
           notes: what to know about the value.
           keeps: whether entries are only moved.
           back_note: what to know about cotangents that come this way.
+          widths: where random weights made it, how many units there are, and how many each of them reads.
         """
         value = of_source(source)
         value.notes = frozenset(notes).union(*(v.notes for v, _ in inputs))
@@ -114,7 +115,7 @@ class Environment:
             Way(node, pull, keeps=keeps, note=back_note) for v, pull in inputs if (node := self.node(v)) is not None
         ]
         if back:
-            node = Node(next(self.nodes), source.shape, back, list(value.terms))
+            node = Node(next(self.nodes), source.shape, back, list(value.terms), widths=widths)
             value.slopes = {node: unit(value.rank)}
         if not np.any(source.second):
             value.terms = []

@@ -97,7 +97,7 @@ class Normalization:
                 return settled(reshaped(pulled, self.grouped, self.size), self.size)
 
             few = FEW if spectrum.freedom < _FREEDOM else ""
-            made = Node(next(env.nodes), self.size, [Way(node, back, note=few)], list(alias.terms))
+            made = Node(next(env.nodes), self.size, [Way(node, back, note=few, ends=True)], list(alias.terms))
             alias.slopes = {made: unit(len(self.size))}
         return alias
 

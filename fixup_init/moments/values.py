@@ -52,6 +52,7 @@ class Node:
     inputs: list[Way]
     terms: list[Term] = dataclasses.field(default_factory=list)  # the value, when the node was made
     source: Source | None = None  # that the value became since
+    widths: tuple[int, int] | None = None  # of random weights that made it: units, and units that each of them reads
 
     @property
     def is_elementwise(self) -> bool:
@@ -68,6 +69,7 @@ class Way:
     slope: Sequence[Term] = ()
     keeps: bool = False  # whether entries are only moved
     note: str = ""  # what to know about a cotangent that comes by it
+    ends: bool = False  # whether a normalization takes the size of the value away
 
 
 @dataclasses.dataclass(eq=False)
