@@ -68,3 +68,21 @@ def test_unequal_directions_against_samples(centred: bool) -> None:
     along = (x * g).mean(AXES_OF_SAMPLES, keepdims=True) / np.square(x).mean(AXES_OF_SAMPLES, keepdims=True)
     pulled = lattice_of((g - x * along) * scaled(x))
     assert spectrum.pulled(lattice_of(g))[:, :, 0] == pytest.approx(pulled[:, :, 0], rel=0.03, abs=0.02)
+
+
+def test_few_weights_to_a_unit() -> None:
+    """x_i = w . z_i of 12 weights: 1/s^2 of the gradient of x, and what of it reaches the layers before."""
+    rng = np.random.default_rng(0)
+    fan, n = 12, 40
+    w, z = rng.normal(size=(20_000, fan)), rng.normal(size=(20, fan, n))
+    x = np.stack([w[k :: len(z)] @ z[k] for k in range(len(z))])
+    flat = np.zeros((2, 2, 1, 1))
+    flat[0, 0] = 1.0
+    g = rng.normal(size=x.shape)
+    squares = np.square(x).mean(-1, keepdims=True)
+    pulled = (g - x * (x * g).mean(-1, keepdims=True) / squares) * np.sqrt(squares.mean() / squares)
+    few, many = (Spectrum.of(flat, (1,), (3, n), False, fan=k) for k in (fan, 0))
+    assert few.pulled(flat)[0, 0].item() == pytest.approx(np.square(pulled).mean(), rel=0.02)
+    assert few.freedom == pytest.approx(1 / (1 / n + 1 / fan))
+    back = np.stack([w[k :: len(z)] for k in range(len(z))])[..., None] * pulled[:, :, None, :8]
+    assert many.pulled(flat)[0, 0].item() == pytest.approx(np.square(back).mean(), rel=0.02)

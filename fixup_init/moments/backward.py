@@ -34,6 +34,7 @@ class Cotangent:
     grid: np.ndarray | None = None
     factor: np.ndarray | None = None
     notes: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by which share of it they are true of
+    onward: Lattice | None = None  # in its place, for what random weights that made the value meet
     spread: float = 0.0  # of one seed's second moment: standard deviation of its logarithm, at most
 
 
@@ -78,7 +79,9 @@ def _pulled(node: Node, own: Cotangent, way: Way) -> Cotangent:
     elif way.keeps:
         part = Cotangent(way.pull(own.lattice), own.grid, own.factor)
     else:
-        part = Cotangent(way.pull(own.lattice))
+        met = own.onward if node.layer is not None and own.onward is not None else own.lattice
+        onward = None if way.onward is None else way.onward(own.lattice)
+        part = Cotangent(way.pull(met), onward=onward)
     notes = {**own.notes, way.note: 1.0} if way.note else own.notes
     return dataclasses.replace(part, notes=notes) if notes else part
 
@@ -97,14 +100,17 @@ def _together(parts: Sequence[Cotangent], rank: int) -> Cotangent:
     for c, w in zip(parts, weights, strict=True):
         for note, share in c.notes.items():
             notes[note] = notes.get(note, 0.0) + share * w / whole
+    onward = None
+    if any(c.onward is not None for c in parts):
+        onward = functools.reduce(np.add, (c.lattice if c.onward is None else c.onward for c in parts))
     grids = [c.grid for c in parts if c.grid is not None]
     if not grids:
-        return Cotangent(lattice, notes=notes, spread=spread)
+        return Cotangent(lattice, notes=notes, onward=onward, spread=spread)
     grid = np.unique(np.concatenate(grids))
     factor = np.zeros(grid.size)
     for c, w in zip(parts, weights, strict=True):
         factor += w / whole * (1.0 if c.grid is None or c.factor is None else np.interp(grid, c.grid, c.factor))
-    return Cotangent(lattice, grid, factor, notes, spread)
+    return Cotangent(lattice, grid, factor, notes, onward, spread)
 
 
 def _through_slope(node: Node, own: Cotangent, way: Way) -> Cotangent:

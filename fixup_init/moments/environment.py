@@ -14,6 +14,7 @@ from fixup_init.moments.distributions import distribution
 from fixup_init.moments.lattice import Lattice
 from fixup_init.moments.polynomials import DEPENDENT, are_dependent, kin_of, moments_of
 from fixup_init.moments.values import (
+    Layer,
     Node,
     Source,
     Value,
@@ -97,7 +98,7 @@ class Environment:
 
     def made(
         self, source: Source, inputs: Sequence[tuple[Value, Callable[[Lattice], Lattice]]], notes: Iterable[str] = (),
-        keeps: bool = False, back_note: str = "", widths: tuple[int, int] | None = None,
+        keeps: bool = False, back_note: str = "", layer: Layer | None = None,
     ) -> Value:  # fmt: skip
         """A value that is a source of its own, with the way of cotangents back to what it was made of.
 
@@ -107,7 +108,7 @@ class Environment:
           notes: what to know about the value.
           keeps: whether entries are only moved.
           back_note: what to know about cotangents that come this way.
-          widths: where random weights made it, how many units there are, and how many each of them reads.
+          layer: the random weights that made it, if they did.
         """
         value = of_source(source)
         value.notes = frozenset(notes).union(*(v.notes for v, _ in inputs))
@@ -115,7 +116,7 @@ class Environment:
             Way(node, pull, keeps=keeps, note=back_note) for v, pull in inputs if (node := self.node(v)) is not None
         ]
         if back:
-            node = Node(next(self.nodes), source.shape, back, list(value.terms), widths=widths)
+            node = Node(next(self.nodes), source.shape, back, list(value.terms), layer=layer)
             value.slopes = {node: unit(value.rank)}
         if not np.any(source.second):
             value.terms = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -45,7 +46,7 @@ class Normalization:
         self, source: int, axes: tuple[int, ...], size: tuple[int, ...], ops: Sequence[Op],
         shape_of: Callable[[int], tuple[int, ...]],
     ) -> None:  # fmt: skip
-        self.source, self.size, self.first = source, size, ops[0]
+        self.source, self.along, self.size, self.first = source, axes, size, ops[0]
         self.grouped, self.axes, self.centred = _groups(source, axes, size, ops, shape_of)
         self.alias: Value | None = None
         self.statistics: set[int] = set()
@@ -81,23 +82,30 @@ class Normalization:
         lattice = reshaped(source.second, self.size, self.grouped)
         if self.centred:
             lattice = projected(lattice, self.axes, self.grouped)
-        spectrum = Spectrum.of(lattice, self.axes, self.grouped, self.centred)
+        node = env.node(value)
+        fan = 0
+        if node is not None and node.layer is not None:
+            apart = math.prod(self.size[a] for a in self.along if a not in node.layer.axes)
+            fan = node.layer.fan * max(n // max(apart, 1), 1)  # weights of all units of a group
+        wide = Spectrum.of(lattice, self.axes, self.grouped, self.centred)
+        spectrum = Spectrum.of(lattice, self.axes, self.grouped, self.centred, fan) if fan else wide
         more = spectrum.normalized(lattice) - lattice
         if np.abs(more).max() > _SMALL * same(lattice, len(self.grouped)).mean():
             second = settled(source.second + reshaped(more, self.grouped, self.size), self.size)
             source = Source(self.size, source.mean, second, source.quantile, source.relatives)
         alias = of_source(source)
         alias.notes = value.notes
-        node = env.node(value)
         if node is not None:
 
-            def back(l: Lattice) -> Lattice:
+            def back(spectrum: Spectrum, l: Lattice) -> Lattice:
                 """Less its part along the normalized value itself."""
                 pulled = spectrum.pulled(reshaped(l, self.size, self.grouped))
                 return settled(reshaped(pulled, self.grouped, self.size), self.size)
 
             few = FEW if spectrum.freedom < _FREEDOM else ""
-            made = Node(next(env.nodes), self.size, [Way(node, back, note=few, ends=True)], list(alias.terms))
+            onward = functools.partial(back, wide) if fan else None
+            way = Way(node, functools.partial(back, spectrum), note=few, ends=True, onward=onward)
+            made = Node(next(env.nodes), self.size, [way], list(alias.terms))
             alias.slopes = {made: unit(len(self.size))}
         return alias
 

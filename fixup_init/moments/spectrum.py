@@ -10,6 +10,12 @@ prod_T (1 + 2 t lambda_T)^(-n_T/2) every moment of x / s is one integral, as 1/s
 with r_k = lambda_k / (1 + 2 t lambda_k). With all eigenvalues equal E s^2 E 1/s^2 = N / (N - 2). One direction that
 holds much of the variance (the mean of a channel within its group, what positions at a border have in common) makes s^2
 fluctuate as if N were small, and most of the gradient passes the projection that x / s has in its derivative.
+
+Entries x_i = w . z_i of a unit with few weights (three colours, nine taps) lie in few dimensions too: E (z_i . z_j)^2
+has 1 / fan of (E |z|^2)^2 besides the square of its mean, so that the sum of squared eigenvalues is larger by
+(sum_T n_T lambda_T)^2 / fan. So lambda_T is held as lambda_T + sum_T n_T lambda_T / fan, in fewer directions that have
+the same sum. What of this is the size of w alone is no matter to the layers before, since w / s
+does not change with it: the gradient that w^T takes on has another mean of 1/s^2 than the gradient of x.
 """
 
 from __future__ import annotations
@@ -37,6 +43,7 @@ class Spectrum:
       centred: whether the mean of a group is taken off, so that the constant direction does not count.
       values: eigenvalue of each set of `axes`.
       counts: how many directions a set has.
+      held: which share of its directions `counts` are, where x lies in fewer.
       shared: by the set of the other axes, which share of the fluctuation of s^2 two groups have in common.
     """
 
@@ -45,11 +52,12 @@ class Spectrum:
     centred: bool
     values: np.ndarray
     counts: np.ndarray
+    held: np.ndarray
     shared: np.ndarray
 
     @staticmethod
-    def of(lattice: Lattice, axes: Sequence[int], sizes: Sequence[int], centred: bool) -> Spectrum:
-        """Of the second moments of an array of some sizes."""
+    def of(lattice: Lattice, axes: Sequence[int], sizes: Sequence[int], centred: bool, fan: int = 0) -> Spectrum:
+        """Of the second moments of an array of some sizes; `fan` weights make each group, if that is known."""
         axes, sizes = tuple(axes), tuple(sizes)
         modes = _modes(lattice.mean(tuple(range(len(sizes), 2 * len(sizes)))), axes, sizes)
         counts = np.ones((2,) * len(axes))
@@ -61,7 +69,12 @@ class Spectrum:
         values = np.maximum(modes[(0,) * (modes.ndim - len(axes))], 0.0)
         power = (counts * modes**2).sum(inner)
         shared = np.clip(power / max(float((counts * values**2).sum()), 1e-300), 0.0, 1.0)
-        return Spectrum(axes, sizes, centred, values, counts, shared)
+        held = np.ones(counts.shape)
+        if fan:
+            more = values + float((counts * values).sum()) / fan
+            held = values / np.where(more > 0, more, 1.0)
+            counts, values = counts * held, more
+        return Spectrum(axes, sizes, centred, values, counts, held, shared)
 
     @property
     def freedom(self) -> float:
@@ -88,8 +101,8 @@ class Spectrum:
         n = len(self.axes)
         inner = tuple(range(modes.ndim - n, modes.ndim))
         again = mixed.reshape(self.counts.size, -1).diagonal().reshape(self.counts.shape)
-        whole = modes * (one - 2 * gone + 2 * again)
-        whole = whole + np.tensordot(modes * self.counts, mixed, (inner, tuple(range(n))))
+        along = np.tensordot(modes * self.counts, mixed, (inner, tuple(range(n))))
+        whole = modes * one + self.held * (along + modes * 2 * (again - gone))
         share = self.shared[(..., *(None,) * n)]
         found = modes * apart**2 * (1 - share) + whole * share
         return rest + _expanded(_entries(found, self.axes, self.sizes), lattice)

@@ -53,8 +53,8 @@ def of_values(ends: Iterable[Node]) -> dict[Node, Spread]:
             found[node] = Spread(of_data(node))
             continue
         before = sum(_share(node, way) * found[way.node].deviation for way in node.inputs)
-        units = node.widths[0] if node.widths else min(found[way.node].units for way in node.inputs)
-        own = _WEIGHTS / units if node.widths else 0.0
+        units = node.layer.units if node.layer else min(found[way.node].units for way in node.inputs)
+        own = _WEIGHTS / units if node.layer else 0.0
         if any(_bends(way) for way in node.inputs):
             own += _BENT / units
         found[node] = Spread(math.hypot(before, math.sqrt(own)), units)
@@ -71,8 +71,8 @@ def of_cotangent(node: Node, way: Way, own: float, values: Mapping[Node, Spread]
     nothing = Spread(0.0)
     if way.ends:  # divided by a standard deviation
         return math.hypot(own, values.get(way.node, nothing).deviation)
-    if node.widths:
-        return math.hypot(own, math.sqrt(_WEIGHTS / node.widths[1]))
+    if node.layer:
+        return math.hypot(own, math.sqrt(_WEIGHTS / node.layer.reads))
     factors = sum(values.get(other.node, nothing).deviation for other in node.inputs if other is not way)
     if way.pull is not None:
         return math.hypot(own, factors)
