@@ -205,6 +205,15 @@ def test_programs_against_samples(f: Callable[[Any], Any]) -> None:
     assert found.second_moment == pytest.approx(np.square(y).mean(), rel=0.02)
 
 
+def test_the_largest_of_masked_scores() -> None:
+    """Of 2, 3 and so on to 9 standard normal ones."""
+    net = fi.Function(lambda p, x: jnp.where(jnp.tri(8, 64, 1, dtype=bool), x, -1e9).max(1), {})
+    found = predict(net, vectors(8, 64)).rows[-1].forward
+    x = np.random.default_rng(0).normal(size=(200_000, 9))
+    largest = np.array([[y.mean(), np.square(y).mean()] for y in (x[:, :n].max(1) for n in range(2, 10))]).mean(0)
+    assert found is not None and (found.mean, found.second_moment) == pytest.approx(largest, rel=0.01)
+
+
 # --- what it says and what it refuses
 
 
