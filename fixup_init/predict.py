@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -107,7 +108,8 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
             value.slopes = {node: [(moments.ones(value.rank), {})]}
         interpreter.tapped[v, ()] = (node, value)
     interpreter.run(program.ops)
-    cotangents = _backward(interpreter, starts)
+    spreads = moments.of_values(node for node, _ in interpreter.tapped.values() if node is not None)
+    cotangents = _backward(interpreter, starts, spreads)
     broken = _broken(traced, interpreter, starts)
     channels = _channels(graph, tapped)
     rows: list[Row] = []
@@ -125,7 +127,8 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
         if value.unknown:
             notes = {value.unknown}
         else:
-            forward = _forward(value, channels[tap.value])
+            spread = spreads[node].deviation if node in spreads else math.nan
+            forward = dataclasses.replace(_forward(value, channels[tap.value]), spread=spread)
             if not math.isfinite(forward.second_moment):
                 forward, notes = None, {"unknown: its moments are not finite"}
             if forward is None:
@@ -133,7 +136,10 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
             elif graph.node_of[tap.value] in broken:
                 notes.add("backward " + broken[graph.node_of[tap.value]])
             elif node is not None and node in cotangents:
-                backward = _statistics(np.zeros(()), cotangents[node], node.shape, channels[tap.value])
+                cotangent = cotangents[node]
+                backward = _statistics(np.zeros(()), cotangent.lattice, node.shape, channels[tap.value])
+                backward = dataclasses.replace(backward, spread=cotangent.spread)
+                notes |= {note for note, share in cotangent.notes.items() if share > 0.5}
                 if not math.isfinite(backward.variance):
                     backward = None
                     notes.add("backward unknown: a rule was not found on the way")
@@ -150,7 +156,9 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
     )
 
 
-def _backward(interpreter: Interpreter, starts: Sequence[int]) -> dict[Node, np.ndarray]:
+def _backward(
+    interpreter: Interpreter, starts: Sequence[int], spreads: Mapping[Node, moments.Spread]
+) -> dict[Node, moments.Cotangent]:
     found: dict[Node, np.ndarray] = {}
     for v in starts:
         node, value = interpreter.tapped.get((v, ()), (None, None))
@@ -160,7 +168,7 @@ def _backward(interpreter: Interpreter, starts: Sequence[int]) -> dict[Node, np.
         lattice[(0,) * value.rank] = 1.0
         lattice = moments.settled(lattice, value.shape)
         found[node] = found[node] + lattice if node in found else lattice
-    return moments.pull_back(found)
+    return moments.pull_back(found, spreads=spreads)
 
 
 def _broken(traced: Traced, interpreter: Interpreter, starts: Sequence[int]) -> dict[int, str]:
@@ -341,7 +349,7 @@ def _install(traced: Traced, interpreter: Interpreter) -> None:
         ops = [program.ops[n - first] for n in sorted(norm.region) if n >= first]
         if norm.form != "train" or not ops:
             continue
-        region = Normalization(norm.source, norm.axes, program.shape(norm.source), ops[0])
+        region = Normalization(norm.source, norm.axes, program.shape(norm.source), ops, program.shape)
         for op in ops:
             interpreter.instead.setdefault(id(op), functools.partial(region, interpreter))
 

@@ -39,6 +39,8 @@ class Statistics:
       effective_rank: (sum of eigenvalues)^2 / (sum of their squares) of the second moments of at most 64 channel
         vectors, spread over examples and positions; 1 where all are parallel.
       example_share: of the variance, what the means of examples explain; likewise `channel_share` and `position_share`.
+      spread: in a prediction, how far one network of this width may stray: the standard deviation of the logarithm of
+        its second moment from seed to seed, at most.
     """
 
     mean: float
@@ -52,6 +54,7 @@ class Statistics:
     example_share: float = math.nan
     channel_share: float = math.nan
     position_share: float = math.nan
+    spread: float = math.nan
 
     @property
     def second_moment(self) -> float:

@@ -47,8 +47,10 @@ SATURATED, SATURATED_STRONG = 0.25, 0.5
 GRADIENT_SCALE = 1000.0
 # Of the stream's second moment; a branch below it is scaled down on purpose.
 FAINT = 1e-3
-# Moments of width 64 and batch 8 scatter by a few ten percent; beyond it the theory's assumptions do not hold.
+# A gap that is worth telling; and by how many standard deviations it has to exceed what one network of finite width may
+# stray. log q of a narrow network has the mean -s^2 / 2 (Hanin & Nica 2018), which counts besides.
 PREDICTED, PREDICTED_STRONG = 1.5, 4.0
+STRAYS = 3.0
 # Of the logarithm of the whole growth: fifty blocks that triple the signal, each 3 % off, end 4 times apart, though
 # theory has the growth right.
 PREDICTED_SHARE = 0.1
@@ -553,32 +555,42 @@ def _prediction(propagation: Propagation, predicted: Propagation) -> Iterator[Ve
             "normalization= of fi.analyze."
         )
     for direction in _DIRECTIONS:
-        ratios: dict[int, float] = {}
+        ratios, allowed = dict[int, float](), dict[int, float]()
         for k in _order(propagation, direction):
             mine, other = _moment(propagation.rows[k], direction), _moment(predicted.rows[k], direction)
             if math.isfinite(mine) and math.isfinite(other) and (mine or other):
                 ratios[k] = mine / other if other else math.inf
-        far = [k for k, ratio in ratios.items() if not 1 / PREDICTED <= ratio <= PREDICTED]
+                allowed[k] = _strays(predicted.rows[k], direction)
+        far = [k for k, ratio in ratios.items() if not 1 / allowed[k] <= ratio <= allowed[k]]
         if not far:
             continue
-        worst = max(far, key=lambda k: abs(math.log(ratios[k])) if 0 < ratios[k] < math.inf else math.inf)
+        beyond = {k: abs(math.log(ratios[k])) if 0 < ratios[k] < math.inf else math.inf for k in far}
+        worst = max(far, key=lambda k: beyond[k] - math.log(allowed[k]))
         first, what = far[0], "second moment" if direction == "forward" else "second moment of the gradient"
-        size = abs(math.log(ratios[worst])) if 0 < ratios[worst] < math.inf else math.inf
+        size = beyond[worst]
         text = (
             f"The measured {what} parts from the predicted one at {_where(propagation, first)}: "
             f"{_moment(propagation.rows[first], direction):.3g} measured, "
-            f"{_moment(predicted.rows[first], direction):.3g} predicted. {len(far)} of {len(ratios)} rows are more "
-            f"than {PREDICTED:g} times apart; most {_where(propagation, worst)}, by {_times(ratios[worst])}."
+            f"{_moment(predicted.rows[first], direction):.3g} predicted. {len(far)} of {len(ratios)} rows are further "
+            f"apart than the widths of the layers on the way explain, which is {allowed[first]:.3g} times there; most "
+            f"{_where(propagation, worst)}, by {_times(ratios[worst])}, where they explain {allowed[worst]:.3g}."
         )
         advice = (
-            "The prediction takes units as independent and layers as wide; measure with more examples and other keys. "
-            "Where it stays, the terms at that row are correlated, and the measurement is right."
+            "Look whether parameters are those of the scheme that was predicted, and measure with other keys. Where it "
+            "stays, what the prediction takes as independent at that row is not, and the measurement is right."
         )
         stream = [_moment(propagation.rows[k], direction) for k in passed(propagation, direction)]
         grown = abs(math.log(max(stream) / min(stream))) if stream else 0.0
-        strong = size > max(math.log(PREDICTED_STRONG), PREDICTED_SHARE * grown)
+        strong = size > max(math.log(PREDICTED_STRONG * allowed[worst] / PREDICTED), PREDICTED_SHARE * grown)
         severity = "warning" if strong else "note"
         yield Verdict("prediction", direction, severity, text, tuple(far), ratios[worst], advice)
+
+
+def _strays(row: Row, direction: Direction) -> float:
+    """How many times one network of finite width may lie above or below a predicted second moment."""
+    s = _of(row, direction)
+    spread = s.spread if s is not None and s.spread == s.spread else 0.0
+    return max(PREDICTED, math.exp(min(STRAYS * spread + spread**2 / 2, 700.0)))
 
 
 def _wide_axis(propagation: Propagation) -> Iterator[Verdict]:

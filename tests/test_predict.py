@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -58,12 +58,14 @@ class Gated(nn.Module):
 
 
 class Encoder(nn.Module):
+    heads_of: int = 256  # features
+
     @nn.compact
     def __call__(self, x: Any) -> Any:
         x = nn.Dense(256)(x)
         for _ in range(2):
             y = nn.LayerNorm()(x)
-            x = x + nn.MultiHeadDotProductAttention(4)(y, y)
+            x = x + nn.MultiHeadDotProductAttention(4, qkv_features=4 * self.heads_of)(y, y)
             x = x + nn.Dense(256)(nn.gelu(nn.Dense(512)(nn.LayerNorm()(x))))
         return nn.Dense(256)(x.mean(1))  # of many outputs, so that the probe's own noise is small
 
@@ -167,6 +169,16 @@ def test_softmax_of_two_scores() -> None:
     assert moments.softmax_square(1.0, 4096) == pytest.approx(math.e / 4096, rel=5e-3)
 
 
+@pytest.mark.parametrize("variance, n", [(1.0, 16), (0.3, 3), (4.0, 8)])
+def test_what_a_cotangent_meets_at_a_softmax(variance: float, n: int) -> None:
+    """sum_k (a_k (g_k - sum_l a_l g_l))^2 for independent g."""
+    scores = math.sqrt(variance) * np.random.default_rng(0).normal(size=(200_000, n))
+    a = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    squares = np.square(a).sum(1)
+    met = (squares - 2 * (a**3).sum(1) + squares**2).mean()
+    assert moments.softmax_powers(variance, n) == pytest.approx((squares.mean(), met), rel=5e-3)
+
+
 # --- sums of dependent values, borders, pooling: against numbers
 
 
@@ -193,6 +205,15 @@ def test_programs_against_samples(f: Callable[[Any], Any]) -> None:
     assert found.second_moment == pytest.approx(np.square(y).mean(), rel=0.02)
 
 
+def test_the_largest_of_masked_scores() -> None:
+    """Of 2, 3 and so on to 9 standard normal ones."""
+    net = fi.Function(lambda p, x: jnp.where(jnp.tri(8, 64, 1, dtype=bool), x, -1e9).max(1), {})
+    found = predict(net, vectors(8, 64)).rows[-1].forward
+    x = np.random.default_rng(0).normal(size=(200_000, 9))
+    largest = np.array([[y.mean(), np.square(y).mean()] for y in (x[:, :n].max(1) for n in range(2, 10))]).mean(0)
+    assert found is not None and (found.mean, found.second_moment) == pytest.approx(largest, rel=0.01)
+
+
 # --- what it says and what it refuses
 
 
@@ -204,6 +225,22 @@ def test_an_operation_without_a_rule_is_named() -> None:
     assert first.forward is not None and first.backward is None and "backward unknown" in first.note
     assert rest[0].forward is not None
     assert rest[-1].forward is None and "`sort`" in rest[-1].note and rest[-1].note.startswith("unknown")
+
+
+def test_a_norm_of_few_weights_is_never_negative() -> None:
+    """Weight normalization: a sum of 12 squares is no Gaussian, whose root is not defined everywhere."""
+
+    def apply(params: Any, x: Any) -> Any:
+        return x @ (params["v"] / jnp.sqrt(jnp.square(params["v"]).sum(0)))
+
+    found = predict(fi.Function(apply, {"v": vectors(12, 64)}), vectors(16, 12), scheme="lecun").rows[-1].forward
+    assert found is not None and found.second_moment == pytest.approx(12 / 10, rel=0.03)  # E 1 / chi^2(12) = 1 / 10
+
+
+def test_a_pole_is_named() -> None:
+    net = fi.Function(lambda p, x: 1 / (x @ p["a"]), {"a": vectors(64, 64)})
+    last = predict(net, vectors(4, 64), scheme="lecun").rows[-1]
+    assert last.forward is None and last.note.startswith("unknown: `div`") and "infinite" in last.note
 
 
 def test_rows_are_those_of_analyze() -> None:
@@ -310,20 +347,22 @@ TABLE = {
     "mlp relu, batch norm": (MLP(norm=batch_norm), vectors(64, 256), "he"),
     "mlp gelu, layer norm": (MLP(nn.gelu, norm=nn.LayerNorm), vectors(64, 256), "lecun"),
     "gated mlp": (Gated(), vectors(64, 256), "lecun"),
-    "transformer": (Encoder(), vectors(4, 16, 64), "lecun"),
+    "transformer": (Encoder(), vectors(8, 16, 256), "lecun"),
 }
 RESNETS = {
     f"resnet {norm}{', pre-activation' * pre}": (
-        cifar_resnet(8, norm=norm, width=64, shortcut="projection", preactivation=pre),
+        cifar_resnet(depth, norm=norm, width=64, shortcut="projection", preactivation=pre, num_classes=256),
         IMAGES,
         scheme,
     )
-    for norm, pre, scheme in (
-        ("batch", False, "he_normal_fan_out"),
-        ("batch", True, "he_normal_fan_out"),
-        ("none", False, "he_normal_fan_out"),
-        ("fixup", False, "fixup"),
-        ("group", False, "he_normal_fan_out"),
+    for norm, pre, depth, scheme in (
+        ("batch", False, 14, "he_normal_fan_out"),
+        ("batch", True, 8, "he_normal_fan_out"),
+        ("none", False, 8, "he_normal_fan_out"),
+        ("none", True, 8, "he_normal_fan_out"),
+        ("fixup", False, 8, "fixup"),
+        ("fixup", True, 8, "fixup"),
+        ("group", False, 8, "he_normal_fan_out"),
     )
 }
 
@@ -335,40 +374,69 @@ def test_measured_against_predicted(name: str) -> None:
     assert (np.abs(mean - 1) < 0.06 + 3 * error).all()
 
 
-# By name and direction: why and how far the mean over seeds is from 5 %.
-FAR: dict[tuple[str, str], str] = {
-    ("transformer", "backward"): "attention weights are taken as independent of what they weigh: at queries and keys "
-    "0.86 (error 0.03) of the prediction",
-    ("resnet group", "backward"): "the gradient has the inverse of a group's variance, which fluctuates more for "
-    "correlated channels: 1.27 (error 0.02) of the prediction",
-}
-
-
 @functools.cache
 def over_ten_seeds(name: str) -> tuple[np.ndarray, np.ndarray]:
     return ratios(*{**TABLE, **RESNETS}[name], seeds=10)
 
 
-def both_ways(names: Iterable[str]) -> list[Any]:
-    made = []
-    for name, way in itertools.product(names, ("forward", "backward")):
-        why = FAR.get((name, way))
-        marks = [pytest.mark.xfail(strict=True, raises=AssertionError, reason=why)] if why else []
-        made.append(pytest.param(name, way, id=f"{name}, {way}", marks=marks))
-    return made
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name, way", both_ways([*TABLE, *RESNETS]))
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("name", [*TABLE, *RESNETS])
 def test_measured_against_predicted_over_ten_seeds(name: str, way: str) -> None:
     mean, error = (x[("forward", "backward").index(way) :: 2] for x in over_ten_seeds(name))
     known = np.isfinite(mean)
     print(
         f"\n{name}, {way}: {mean[known].min():.3f} to {mean[known].max():.3f}, error at most {error[known].max():.3f}"
     )
-    if known.mean() <= 0.9:
-        pytest.fail(f"only {known.sum()} of {known.size} taps are predicted")  # no AssertionError: never expected
+    assert known.mean() > 0.9, f"only {known.sum()} of {known.size} taps are predicted"
     assert (np.abs(mean - 1) < 0.05 + 2.5 * error)[known].all()
+
+
+def queries_and_keys(features: int) -> tuple[np.ndarray, list[str]]:
+    """Measured over predicted gradients of queries and keys over ten seeds, and the notes of these rows."""
+    model, x = Encoder(features), vectors(8, 16, 256)
+    rows = predict(model, x, scheme="lecun").rows
+    at = [k for k, r in enumerate(rows) if "query" in r.name or "key" in r.name]
+    return ratios(model, x, "lecun", seeds=10)[0][1::2][at], [rows[k].note for k in at]
+
+
+@pytest.mark.slow
+def test_alike_keys_of_narrow_heads() -> None:
+    """Two of 16 tokens are alike by 1/8 in heads of 64 features, which leaves a term of order 16/64; rows say so."""
+    (narrow, notes), (wide, _) = queries_and_keys(64), queries_and_keys(1024)
+    print(f"\nheads of 64: {narrow}, of 1024: {wide}")
+    assert 1.03 < narrow.mean() < 1.15 and abs(wide.mean() - 1) < 0.04
+    assert all("gradient approximate" in note and "features of a head" in note for note in notes)
+
+
+def test_where_attention_is_approximate_rows_say_so() -> None:
+    rows = {r.name.split("/", 1)[-1]: r.note for r in predict(Encoder(), vectors(4, 16, 64), scheme="lecun").rows[:9]}
+    assert "gradient approximate" in rows["query/kernel"] and "gradient approximate" in rows["key/kernel"]
+    assert rows["value/kernel"] == "" and "tokens that are alike" in rows["out/kernel"]
+
+
+@pytest.mark.parametrize("norm", [batch_norm, lambda: nn.GroupNorm(32)])
+def test_gradients_behind_few_directions(norm: Callable[[], nn.Module]) -> None:
+    """Two positions a side, two channels a group: what borders and a channel have in common is most of the variance."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return norm()(nn.Conv(64, (3, 3), use_bias=False)(nn.relu(x)))
+
+    x = vectors(32, 2, 2, 256)
+    mean, error = (a[1::2][1] for a in ratios(Net(), x, "he", seeds=6))
+    assert abs(mean - 1) < 0.03 + 2 * error
+
+
+@pytest.mark.slow
+def test_group_norm_converges_with_width() -> None:
+    """Groups of two channels leave up to a tenth, at the stem over 24 seeds: borders are held as more directions than
+    they are. Of eight channels, in a first stage 256 wide, nothing of it is seen."""
+    net = cifar_resnet(8, norm="group", width=256, shortcut="projection", num_classes=256)
+    mean, error = ratios(net, IMAGES, "he_normal_fan_out", seeds=4)
+    print(f"\n{np.nanmin(mean[1::2]):.3f} to {np.nanmax(mean[1::2]):.3f} backward")
+    assert np.nanmax(np.abs(mean - 1) - 2 * error) < 0.03
 
 
 @pytest.mark.slow

@@ -418,7 +418,7 @@ def _propagation(rows: list[Row], **more: Any) -> Propagation:
     return Propagation("test", "net", len(rows), tuple(rows), **more)
 
 
-def test_measured_far_from_predicted() -> None:
+def test_foundfar_from_predicted() -> None:
     theory = _propagation([_sum(k, 1.0) for k in range(6)], kind="predicted")
     found = verdicts(_propagation([_sum(k, 1.0 if k < 3 else 2.0 * k) for k in range(6)]), theory)
     assert [v.kind for v in found] == ["prediction"]
@@ -437,6 +437,37 @@ def test_measured_far_from_predicted() -> None:
     assert "one of the two being zero" in next(v for v in zero if v.kind == "prediction").text
     unknown = dataclasses.replace(theory, rows=tuple(dataclasses.replace(r, forward=None) for r in theory.rows))
     assert verdicts(_propagation([_sum(k, 9.0) for k in range(6)]), unknown) == ()
+
+
+def narrow(width: int, depth: int) -> fi.Function:
+    def apply(params: Any, x: Any) -> Any:
+        for w in params:
+            x = jax.nn.relu(x @ w)
+        return x
+
+    return fi.Function(apply, [spec(width, width)] * depth)
+
+
+def test_a_narrow_network_strays_from_its_prediction() -> None:
+    """Its second moments are off by more than 1.5 times for most seeds, as they must be; a wrong scheme is told."""
+    net, x = narrow(16, 8), spec(8, 16)
+    theory = fi.predict(net, x, scheme="he")
+    apart = 0
+    for seed in range(20):
+        found = fi.analyze(net, fi.init(net, jax.random.key(seed), x, scheme="he"), x, key=jax.random.key(99 + seed))
+        assert not [v for v in verdicts(found, theory) if v.kind == "prediction"]
+        last = found.rows[-1].forward, theory.rows[-1].forward
+        assert last[0] is not None and last[1] is not None
+        apart += abs(math.log(last[0].second_moment / last[1].second_moment)) > math.log(1.5)
+    assert apart >= 10
+    for scheme in ("lecun", "he"):
+        net = narrow(64, 16)
+        params = fi.init(net, jax.random.key(0), spec(8, 64), scheme=scheme)
+        params = params if scheme == "lecun" else [1.5 * w for w in params]
+        found = [v for v in verdicts(fi.analyze(net, params, spec(8, 64)), fi.predict(net, spec(8, 64), scheme="he"))
+                 if v.kind == "prediction"]  # fmt: skip
+        assert [v.direction for v in found] == ["forward", "backward"]
+        assert all(v.severity == "warning" and "widths of the layers on the way explain" in v.text for v in found)
 
 
 def test_a_prediction_of_another_model_is_refused() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from fixup_init.moments.distributions import SAMPLES, drawn_at, draws
 from fixup_init.moments.lattice import Lattice, same, settled
 from fixup_init.moments.polynomials import second_of
+from fixup_init.moments.spread import Spread, of_cotangent, of_data, reached
 from fixup_init.moments.values import Node, Way, function_of
 
 _BINS = 128  # of the grid on which a factor is held
@@ -32,30 +33,32 @@ class Cotangent:
     lattice: Lattice
     grid: np.ndarray | None = None
     factor: np.ndarray | None = None
+    notes: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by which share of it they are true of
+    onward: Lattice | None = None  # in its place, for what random weights that made the value meet
+    spread: float = 0.0  # of one seed's second moment: standard deviation of its logarithm, at most
 
 
-def pull_back(starts: Mapping[Node, Lattice], strict: bool = False) -> dict[Node, Lattice]:
+def pull_back(
+    starts: Mapping[Node, Lattice], strict: bool = False, spreads: Mapping[Node, Spread] | None = None
+) -> dict[Node, Cotangent]:
     """Cotangents of every node from those of some.
 
     Args:
       starts: second-moment lattices of the cotangents that are given.
+      spreads: `spread.of_values` of the nodes.
       strict: whether a rule that fails raises; else the cotangents behind it are NaN.
     """
-    nodes: dict[int, Node] = {}
-    todo = list(starts)
-    while todo:
-        node = todo.pop()
-        if node.number not in nodes:
-            nodes[node.number] = node
-            todo.extend(way.node for way in node.inputs)
-    arriving: dict[Node, list[Cotangent]] = {node: [Cotangent(lattice)] for node, lattice in starts.items()}
-    found: dict[Node, Lattice] = {}
+    nodes = reached(starts)
+    arriving: dict[Node, list[Cotangent]] = {
+        node: [Cotangent(lattice, spread=of_data(node))] for node, lattice in starts.items()
+    }
+    found: dict[Node, Cotangent] = {}
     for number in sorted(nodes, reverse=True):
         node = nodes[number]
         if node not in arriving:
             continue
         own = _together(arriving.pop(node), len(node.shape))
-        found[node] = own.lattice
+        found[node] = own
         for way in node.inputs:
             with np.errstate(all="ignore"):
                 try:
@@ -65,16 +68,22 @@ def pull_back(starts: Mapping[Node, Lattice], strict: bool = False) -> dict[Node
                         raise
                     rank = len(way.node.shape)
                     part = Cotangent(np.full((2,) * rank + (1,) * rank, math.nan))
-            arriving.setdefault(way.node, []).append(part)
+            strays = of_cotangent(node, way, own.spread, spreads or {})
+            arriving.setdefault(way.node, []).append(dataclasses.replace(part, spread=strays))
     return found
 
 
 def _pulled(node: Node, own: Cotangent, way: Way) -> Cotangent:
     if way.pull is None:
-        return _through_slope(node, own, way)
-    if way.keeps:
-        return Cotangent(way.pull(own.lattice), own.grid, own.factor)
-    return Cotangent(way.pull(own.lattice))
+        part = _through_slope(node, own, way)
+    elif way.keeps:
+        part = Cotangent(way.pull(own.lattice), own.grid, own.factor)
+    else:
+        met = own.onward if node.layer is not None and own.onward is not None else own.lattice
+        onward = None if way.onward is None else way.onward(own.lattice)
+        part = Cotangent(way.pull(met), onward=onward)
+    notes = {**own.notes, way.note: 1.0} if way.note else own.notes
+    return dataclasses.replace(part, notes=notes) if notes else part
 
 
 def _together(parts: Sequence[Cotangent], rank: int) -> Cotangent:
@@ -82,18 +91,26 @@ def _together(parts: Sequence[Cotangent], rank: int) -> Cotangent:
     if len(parts) == 1:
         return parts[0]
     lattice = functools.reduce(np.add, (c.lattice for c in parts))
-    grids = [c.grid for c in parts if c.grid is not None]
-    if not grids:
-        return Cotangent(lattice)
-    grid = np.unique(np.concatenate(grids))
     weights = [float(same(c.lattice, rank).mean()) for c in parts]
     whole = sum(weights)
     if not whole > 0:
-        return Cotangent(lattice)
+        return Cotangent(lattice, spread=max(c.spread for c in parts))
+    spread = sum(w / whole * c.spread for c, w in zip(parts, weights, strict=True))
+    notes: dict[str, float] = {}
+    for c, w in zip(parts, weights, strict=True):
+        for note, share in c.notes.items():
+            notes[note] = notes.get(note, 0.0) + share * w / whole
+    onward = None
+    if any(c.onward is not None for c in parts):
+        onward = functools.reduce(np.add, (c.lattice if c.onward is None else c.onward for c in parts))
+    grids = [c.grid for c in parts if c.grid is not None]
+    if not grids:
+        return Cotangent(lattice, notes=notes, onward=onward, spread=spread)
+    grid = np.unique(np.concatenate(grids))
     factor = np.zeros(grid.size)
     for c, w in zip(parts, weights, strict=True):
         factor += w / whole * (1.0 if c.grid is None or c.factor is None else np.interp(grid, c.grid, c.factor))
-    return Cotangent(lattice, grid, factor)
+    return Cotangent(lattice, grid, factor, notes, onward, spread)
 
 
 def _through_slope(node: Node, own: Cotangent, way: Way) -> Cotangent:

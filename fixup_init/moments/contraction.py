@@ -14,7 +14,7 @@ from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import Lattice, contracted, mean_contracted, repeated, settled
 from fixup_init.moments.polynomials import DEPENDENT, kin_of, moments_of, times
-from fixup_init.moments.values import Source, Term, Value
+from fixup_init.moments.values import Layer, Source, Term, Value
 
 
 def dot(env: Environment, op: Op, args: list[Value]) -> Value:
@@ -71,7 +71,12 @@ def _einsum(
                 rank += 1
         return settled(found, shapes[side])
 
-    return env.made(source, [(args[0], functools.partial(back, 0)), (args[1], functools.partial(back, 1))], notes)
+    layer = None
+    if weight[0] != weight[1]:
+        axes = tuple(k for k, a in enumerate(out) if a[0] == "xy"[weight[1]])
+        layer = Layer(math.prod(shape[k] for k in axes), axes, n, n)
+    ways = [(args[0], functools.partial(back, 0)), (args[1], functools.partial(back, 1))]
+    return env.made(source, ways, notes, layer=layer)
 
 
 def _scalar(value: Value) -> list[Term]:

@@ -17,7 +17,7 @@ from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import Lattice, joined, settled
 from fixup_init.moments.polynomials import kin_of, moments_of
-from fixup_init.moments.values import Source, Value
+from fixup_init.moments.values import Layer, Source, Value
 from fixup_init.moments.windows import Window
 
 
@@ -102,7 +102,10 @@ def conv(env: Environment, op: Op, args: list[Value]) -> Value:
         del cotangent
         return np.full((2,) * kernel.rank + (1,) * kernel.rank, math.nan)
 
-    return env.made(source, [(value, back), (kernel, to_kernel)])
+    layer = None
+    if env.weights(op)[1]:
+        layer = Layer(kernel.shape[k_spec[0]], (o_spec[1],), n, n * math.prod(w.taps for w in windows))
+    return env.made(source, [(value, back), (kernel, to_kernel)], layer=layer)
 
 
 RULES: dict[Any, Rule] = {

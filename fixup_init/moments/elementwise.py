@@ -19,9 +19,10 @@ from scipy import special
 
 from fixup_init import jaxprs, quadrature
 from fixup_init.jaxprs import Op, p
+from fixup_init.moments.distributions import drawn_at, draws
 from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.lattice import same, settled
-from fixup_init.moments.polynomials import DEPENDENT, are_dependent, merged, scaled, times
+from fixup_init.moments.polynomials import DEPENDENT, are_dependent, merged, scaled, second_of, times
 from fixup_init.moments.random_bits import of_bits
 from fixup_init.moments.rearranging import broadcasted
 from fixup_init.moments.values import Node, Source, Term, Value, function_of, is_unit, known, unit
@@ -33,6 +34,11 @@ _SAME = frozenset({
 })  # fmt: skip
 _TERMS = 24  # of a polynomial, before it becomes one source
 _MASKED = -1e4  # a score below this is masked
+_SINGULAR = frozenset({
+    p.div_p, p.rsqrt_p, p.sqrt_p, p.log_p, p.log1p_p, p.pow_p, p.integer_pow_p, p.tan_p, p.atanh_p, p.acosh_p,
+    p.erf_inv_p, p.lgamma_p, p.digamma_p, jaxprs.LOG2,
+})  # fmt: skip
+_POLE = 1e3  # times the mean square of samples
 _GRID = 96  # points for each of two values
 _ORDER = 24  # of their Hermite expansion
 
@@ -182,12 +188,29 @@ def _function(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
     casts = [env.program.dtype(v) for v in op.inputs]
     formulas = [_formula(a) for a in args]
     terms = function_of(common, quadrature.of_op(op, formulas, casts))
+    _check_finite(op, terms, shape)
     parts = []
     if op.primitive not in FLAT:
         for k, a in enumerate(args):
             if a.slopes and jnp.issubdtype(casts[k], jnp.floating):
                 parts.append((a, function_of(common, quadrature.slope(op, formulas, casts, k))))
     return _result(shape, terms, args, _linear_slopes(parts))
+
+
+def _check_finite(op: Op, terms: Sequence[Term], shape: tuple[int, ...]) -> None:
+    """An operation with a pole says so where the distribution of its argument, as it is known, reaches the pole.
+
+    There an integral is not finite, or is all in the node that is nearest to the pole: far above the mean of samples.
+    """
+    if op.primitive not in _SINGULAR:
+        return
+    second = second_of(terms, len(shape), shape)
+    finite = np.isfinite(second).all()
+    if finite:
+        drawn = draws(sorted({s for _, f in terms for s in f}, key=lambda s: s.number))
+        finite = same(second, len(shape)).mean() < _POLE * np.square(drawn_at(terms, drawn)).mean()
+    if not finite:
+        raise NoRule(f"`{op.name}` of a value that, as far as its distribution is known, reaches where it is infinite")
 
 
 def _by_rule(env: Environment, call: Op, result: Value) -> None:
@@ -216,6 +239,7 @@ def _quotient(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
     casts = [env.program.dtype(v) for v in op.inputs]
     formulas = [quadrature.constant(1.0), _formula(below)]
     inverse = function_of(base, quadrature.of_op(op, formulas, casts))
+    _check_finite(op, inverse, shape)
     slope = function_of(base, quadrature.slope(op, formulas, casts, 1))
     result = _result(
         shape, times(above.terms, inverse), args,

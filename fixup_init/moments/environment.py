@@ -14,6 +14,7 @@ from fixup_init.moments.distributions import distribution
 from fixup_init.moments.lattice import Lattice
 from fixup_init.moments.polynomials import DEPENDENT, are_dependent, kin_of, moments_of
 from fixup_init.moments.values import (
+    Layer,
     Node,
     Source,
     Value,
@@ -97,14 +98,25 @@ class Environment:
 
     def made(
         self, source: Source, inputs: Sequence[tuple[Value, Callable[[Lattice], Lattice]]], notes: Iterable[str] = (),
-        keeps: bool = False,
+        keeps: bool = False, back_note: str = "", layer: Layer | None = None,
     ) -> Value:  # fmt: skip
-        """A value that is a source of its own, with the way of cotangents back to what it was made of."""
+        """A value that is a source of its own, with the way of cotangents back to what it was made of.
+
+        Args:
+          source: what it is.
+          inputs: what it was made of, and how a cotangent goes back to each.
+          notes: what to know about the value.
+          keeps: whether entries are only moved.
+          back_note: what to know about cotangents that come this way.
+          layer: the random weights that made it, if they did.
+        """
         value = of_source(source)
         value.notes = frozenset(notes).union(*(v.notes for v, _ in inputs))
-        back = [Way(node, pull, keeps=keeps) for v, pull in inputs if (node := self.node(v)) is not None]
+        back = [
+            Way(node, pull, keeps=keeps, note=back_note) for v, pull in inputs if (node := self.node(v)) is not None
+        ]
         if back:
-            node = Node(next(self.nodes), source.shape, back, list(value.terms))
+            node = Node(next(self.nodes), source.shape, back, list(value.terms), layer=layer)
             value.slopes = {node: unit(value.rank)}
         if not np.any(source.second):
             value.terms = []

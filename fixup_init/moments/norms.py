@@ -3,37 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from fixup_init.jaxprs import Op, p
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.interpreter import Interpreter
-from fixup_init.moments.lattice import Lattice, projected, settled
+from fixup_init.moments.lattice import Lattice, projected, same, settled
 from fixup_init.moments.polynomials import is_linear, kin_of, mean_of, moments_of
 from fixup_init.moments.reshaping import reshaped
+from fixup_init.moments.spectrum import Spectrum
 from fixup_init.moments.values import Node, Source, Value, Way, known, of_source, unit, unknown
 from fixup_init.quadrature import X
 
 _REDUCING = frozenset({
     p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.reduce_window_sum_p, p.dot_general_p, p.psum_p,
 })  # fmt: skip
+FEW = "gradient approximate: a variance over few or dependent entries, near zero in groups whose gradients dominate"
+_FREEDOM = 5.0  # degrees of freedom of a variance; below, the mean of 1/s^2 has a variance that is not finite
+_SMALL = 1e-3  # of the second moment: a change that is left out, so that a source stays the one it was
 
 
 class Normalization:
     """Evaluates the region of a normalization: what it divides by is a number, and what it takes off a projection.
 
-    Statistics that are sums of squares are taken at their expectation, which the law of large numbers permits; a mean
-    over some axes is a random value, and x - mean(x) has the lattice of x less that of the mean.
+    Inside, x stands for x sqrt(E s^2) / s, whose own standard deviation does not fluctuate any more (`spectrum`), so
+    that statistics that are sums of squares are their expectation; a mean over some axes is a random value, and
+    x - mean(x) has the lattice of x less that of the mean.
 
     Args:
       source: value that is normalized.
       axes: of the statistics.
       size: shape of the source.
-      first: the earliest operation of the region.
+      ops: the region, in order.
+      shape_of: shapes of the program's values.
     """
 
-    def __init__(self, source: int, axes: tuple[int, ...], size: tuple[int, ...], first: Op) -> None:
-        self.source, self.axes, self.size, self.first = source, axes, size, first
+    def __init__(
+        self, source: int, axes: tuple[int, ...], size: tuple[int, ...], ops: Sequence[Op],
+        shape_of: Callable[[int], tuple[int, ...]],
+    ) -> None:  # fmt: skip
+        self.source, self.along, self.size, self.first = source, axes, size, ops[0]
+        self.grouped, self.axes, self.centred = _groups(source, axes, size, ops, shape_of)
         self.alias: Value | None = None
         self.statistics: set[int] = set()
         self.region: set[int] = set()
@@ -62,20 +76,36 @@ class Normalization:
             return dataclasses.replace(value)
         source = env.collapse(value)
         assert source is not None
+        n = math.prod(self.grouped[a] for a in self.axes)
+        if n <= 1:
+            return dataclasses.replace(value)
+        lattice = reshaped(source.second, self.size, self.grouped)
+        if self.centred:
+            lattice = projected(lattice, self.axes, self.grouped)
+        node = env.node(value)
+        fan = 0
+        if node is not None and node.layer is not None:
+            apart = math.prod(self.size[a] for a in self.along if a not in node.layer.axes)
+            fan = node.layer.fan * max(n // max(apart, 1), 1)  # weights of all units of a group
+        wide = Spectrum.of(lattice, self.axes, self.grouped, self.centred)
+        spectrum = Spectrum.of(lattice, self.axes, self.grouped, self.centred, fan) if fan else wide
+        more = spectrum.normalized(lattice) - lattice
+        if np.abs(more).max() > _SMALL * same(lattice, len(self.grouped)).mean():
+            second = settled(source.second + reshaped(more, self.grouped, self.size), self.size)
+            source = Source(self.size, source.mean, second, source.quantile, source.relatives)
         alias = of_source(source)
         alias.notes = value.notes
-        node = env.node(value)
         if node is not None:
-            n = math.prod(self.size[a] for a in self.axes)
 
-            def back(l: Lattice) -> Lattice:
+            def back(spectrum: Spectrum, l: Lattice) -> Lattice:
                 """Less its part along the normalized value itself."""
-                inside = tuple(0 if a in self.axes else slice(None) for a in range(len(self.size)))
-                l = l.copy()
-                l[inside] = l[inside] * (1 - 1 / n)
-                return l * _inverse_variance(n - (self.over is not None))
+                pulled = spectrum.pulled(reshaped(l, self.size, self.grouped))
+                return settled(reshaped(pulled, self.grouped, self.size), self.size)
 
-            made = Node(next(env.nodes), self.size, [Way(node, back if n > 1 else lambda l: l)], list(alias.terms))
+            few = FEW if spectrum.freedom < _FREEDOM else ""
+            onward = functools.partial(back, wide) if fan else None
+            way = Way(node, functools.partial(back, spectrum), note=few, ends=True, onward=onward)
+            made = Node(next(env.nodes), self.size, [way], list(alias.terms))
             alias.slopes = {made: unit(len(self.size))}
         return alias
 
@@ -119,7 +149,23 @@ class Normalization:
         return env.made(source, [(value, project)])
 
 
-def _inverse_variance(freedom: int) -> float:
-    """E 1/s^2 over 1 / E s^2 of a variance s^2 with so many degrees of freedom; of five where it has fewer."""
-    freedom = max(freedom, 5)
-    return freedom / (freedom - 2)
+def _groups(
+    source: int, axes: tuple[int, ...], size: tuple[int, ...], ops: Sequence[Op],
+    shape_of: Callable[[int], tuple[int, ...]],
+) -> tuple[tuple[int, ...], tuple[int, ...], bool]:  # fmt: skip
+    """The shape in which statistics are taken (group norm splits channels), their axes, and whether a mean goes off."""
+    region, statistics = {source}, set[int]()
+    grouped: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    centred = False
+    for op in ops:
+        inside = [v for v in op.inputs if v in region]
+        if not inside:
+            continue
+        if op.primitive is p.reduce_sum_p and math.prod(shape_of(op.inputs[0])) == math.prod(size):
+            grouped = grouped or (shape_of(op.inputs[0]), tuple(op.params["axes"]))
+        taken_off = {v in statistics for v in inside} == {False, True}
+        centred |= taken_off and op.primitive in (p.sub_p, p.add_p)
+        region.update(op.outputs)
+        if op.primitive in _REDUCING or all(v in statistics for v in inside):
+            statistics.update(op.outputs)
+    return (*(grouped or (size, axes)), centred)

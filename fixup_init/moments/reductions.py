@@ -7,6 +7,7 @@ independent ones, behind what they have in common.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,16 @@ from scipy import special
 
 from fixup_init import quadrature
 from fixup_init.jaxprs import Op, p
-from fixup_init.moments.distributions import distribution
+from fixup_init.moments.distributions import distribution, drawn_at, draws
 from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import Lattice, Profile, repeated, same, settled, total
-from fixup_init.moments.polynomials import kin_of, moments_of
-from fixup_init.moments.values import Source, Value, sole_source
+from fixup_init.moments.polynomials import is_linear, kin_of, moments_of
+from fixup_init.moments.values import Source, Value, padded, sole_source
 from fixup_init.quadrature import Quantile
 
 POOLED = "approximate: the largest of some entries, taken as equally correlated"
+
+_FAR = 10.0  # standard deviations that expectations reach
 
 
 def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
@@ -31,10 +34,9 @@ def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
     before, shape = value.shape, env.program.shape(op.outputs[0])
     mean, second = moments_of(value)
     n = math.prod(before[a] for a in axes)
-    quantile = None if n >= 8 else distribution(value.terms)
-    source = Source(
-        shape, n * mean.mean(axes), settled(total(second, axes, before), shape), quantile, kin_of(value.terms)
-    )
+    summed, squares = n * mean.mean(axes), settled(total(second, axes, before), shape)
+    quantile = positive(value, summed, squares) if n >= 8 else distribution(value.terms)
+    source = Source(shape, summed, squares, quantile, kin_of(value.terms))
     if (whole := sole_source(value.terms)) is not None:
         source.sum_of = whole, axes, tuple(a for a in range(len(before)) if a not in axes)
 
@@ -48,6 +50,18 @@ def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
     return env.made(source, [(value, back)])
 
 
+def positive(value: Value, mean: Profile, second: Lattice) -> Quantile | None:
+    """The distribution of a sum of entries that are never negative, where a Gaussian would reach below zero."""
+    if is_linear(value.terms) or value.is_constant or not mean.min() > 0:
+        return None
+    m = float(mean.mean())
+    variance = float(same(second, mean.ndim).mean()) - m * m
+    if not variance > m * m / _FAR**2:
+        return None
+    drawn = drawn_at(value.terms, draws(sorted({s for _, f in value.terms for s in f}, key=lambda s: s.number)))
+    return Quantile.gamma(m * m / variance) if drawn.min() >= 0 else None
+
+
 def reduce_max(env: Environment, op: Op, args: list[Value]) -> Value:
     """The largest or smallest over axes; the cotangent reaches that entry alone."""
     value, axes = args[0], tuple(sorted(op.params["axes"]))
@@ -57,7 +71,15 @@ def reduce_max(env: Environment, op: Op, args: list[Value]) -> Value:
     mean, second = moments_of(value)
     flat = tuple(value.rank - len(axes) + a for a in axes)
     one, other = (second[tuple(k if a in axes else slice(None) for a in range(value.rank))].mean(flat) for k in (0, 1))
-    source = largest(value, shape, mean.mean(axes), one, other, n, sign)
+    sizes, times = _seen(value, axes, n)
+    parts = [largest(value, shape, mean.mean(axes), one, other, int(k), sign) for k in sizes]
+    source = parts[-1]
+    if len(parts) > 1:  # rows with different masks
+        share = times / times.sum()
+        first, second = (
+            np.tensordot(share, np.stack(x), 1) for x in ([s.mean for s in parts], [s.second for s in parts])
+        )
+        source = Source(shape, first, second, source.quantile, source.kin)
 
     def back(l: Lattice) -> Lattice:
         rank = len(shape)
@@ -68,6 +90,17 @@ def reduce_max(env: Environment, op: Op, args: list[Value]) -> Value:
         return settled(l / n, before)
 
     return env.made(source, [(value, back)], {POOLED} if n > 1 else ())
+
+
+def _seen(value: Value, axes: Sequence[int], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """How many entries a mask leaves, and of how many rows; at most 32 numbers."""
+    if value.visible is None:
+        return np.array([n]), np.ones(1)
+    seen = value.visible.reshape(padded(value.visible.shape, value.rank))
+    seen = np.broadcast_to(seen, [value.shape[a] if a in axes else seen.shape[a] for a in range(value.rank)])
+    sizes, times = np.unique(np.maximum(seen.sum(tuple(axes)), 1), return_counts=True)
+    few = np.unique(np.linspace(0, len(sizes) - 1, 32).round().astype(int))
+    return sizes[few], times[few]
 
 
 def largest(

@@ -1,8 +1,8 @@
 """Softmax: where a program has one, and the second moments of its weights.
 
-E sum a_k^2 over n scores follows from their variance by one integral, exact where they are independent; that of two
-rows is between this and 1 / n, as their scores are correlated. Weights are taken as independent of the values that they
-weigh.
+E sum a_k^2 over n scores follows from their variance by one integral, exact where they are independent, and so does
+what their cotangents are multiplied by; those of two rows are between this and 1 / n, as their scores are correlated.
+Weights are taken as independent of the values that they weigh.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from fixup_init.moments.polynomials import kin_of, second_of
 from fixup_init.moments.values import Source, Value, padded, unknown
 
 INSIDE = "an exponential inside of a softmax"
-TOKENS = "approximate: attention weights are taken as independent of the values that they weigh"
+TOKENS = (
+    "approximate: attention weights are taken as independent of the values that they weigh; tokens that are alike get "
+    "similar weights, so that more is measured unless features are many more than tokens"
+)
+SCORES = (
+    "gradient approximate: the keys of the scores are taken as not alike, so that more is measured unless features of "
+    "a head are many more than tokens"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,28 +85,41 @@ def softmaxes(program: Program) -> list[Softmax]:
 
 
 @functools.lru_cache(4096)
-def softmax_square(variance: float, n: int) -> float:
-    """E sum_k a_k^2 of a softmax over n independent scores of a variance.
+def softmax_powers(variance: float, n: int) -> tuple[float, float]:
+    """E S and E (S - 2 sum_k a_k^3 + S^2), S = sum_k a_k^2, of a softmax over n independent scores of a variance.
 
-    1 / (sum e^s)^2 = int t exp(-t sum e^s) dt makes it n int t E[e^(2s - t e^s)] E[e^(-t e^s)]^(n-1) dt.
+    The second is what a cotangent meets: the score k gets a_k (g_k - sum_l a_l g_l), whose squares sum to it times the
+    variance of independent g. As 1 / (sum e^s)^m = int t^(m-1) / (m-1)! exp(-t sum e^s) dt, with
+    e_m(t) = E exp(m s - t e^s) they are n int t e_2 e_0^(n-1), n int t^2/2 e_3 e_0^(n-1), and for S^2
+    n int t^3/6 (e_4 e_0 + (n-1) e_2^2) e_0^(n-2).
     """
     if n <= 1:
-        return 1.0
+        return 1.0, 0.0
     if variance <= 0:
-        return 1.0 / n
+        return 1.0 / n, (1 - 1 / n) / n
     z = np.linspace(-9, 9, 721)
     w = np.exp(-z * z / 2)
     w /= w.sum()
     s = math.sqrt(variance) * z
     top = math.sqrt(2 * variance * math.log(n + 1)) + variance / 2 + math.log(n)
-    tau = np.linspace(-top - 25, 12 * math.sqrt(variance) + 8, 1200)
+    tau = np.linspace(-top - 25, 12 * math.sqrt(variance) + 8, 1200)  # log t
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
-        decay = np.exp(-np.exp(np.clip(tau[:, None] + s, -700, 700)))
+        at = np.clip(tau[:, None] + s, -700, 700)
+        decay = np.exp(-np.exp(at))
         zero = decay @ w
-        two = (decay * np.exp(2 * (s + tau[:, None]))) @ w
-        integrand = np.where(zero > 0, np.nan_to_num(two) * zero ** (n - 1), 0.0)
-    found = n * float(integrand.sum() * (tau[1] - tau[0]))
-    return float(np.clip(found, 1.0 / n, 1.0))
+        two, three, four = (np.nan_to_num((decay * np.exp(m * at)) @ w) for m in (2, 3, 4))  # t^m e_m
+        rest, less = (np.where(zero > 0, zero ** max(n - m, 0), 0.0) for m in (1, 2))
+        square = two * rest
+        cube = three * rest / 2
+        pairs = (four * rest + (n - 1) * two * two * less) / 6
+    step = n * float(tau[1] - tau[0])
+    found = float(np.clip(step * square.sum(), 1.0 / n, 1.0))
+    return found, float(np.clip(step * (square - 2 * cube + pairs).sum(), 0.0, found))
+
+
+def softmax_square(variance: float, n: int) -> float:
+    """E sum_k a_k^2 of a softmax over n independent scores of a variance."""
+    return softmax_powers(variance, n)[0]
 
 
 def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
@@ -130,29 +150,30 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
         counts = np.maximum(seen.sum(axes, keepdims=True), 1)
     if counts.size > PROFILE:
         counts = counts.reshape(-1)[:: counts.size // PROFILE + 1].reshape(-1, *(1,) * (rank - 1))
-    each = {int(c): softmax_square(round(v, 9), int(c)) for c in np.unique(counts)}
-    if len(each) > 64:
-        chosen = sorted(each)[:: len(each) // 32]
-        each = {int(c): float(np.interp(c, chosen, [each[k] for k in chosen])) for c in each}
-    squares = np.vectorize(each.__getitem__, otypes=[float])(counts)
-    s2 = float(squares.mean())
+    sizes, times = np.unique(counts, return_counts=True)
+    few = sizes if len(sizes) <= 64 else sizes[np.linspace(0, len(sizes) - 1, 33).round().astype(int)]
+    powers = [softmax_powers(round(v, 9), int(c)) for c in few]
+    s2, pulled = (float(np.average(np.interp(sizes, few, x), weights=times)) for x in zip(*powers, strict=True))
     inverse = float((1.0 / counts).mean())
     ordered = np.sort(counts.ravel())
     rank_of = np.arange(1, ordered.size + 1)
     largest = float(((2 * rank_of - 1) / ordered.size**2 / ordered).sum())  # E 1 / max of two rows' counts
-    made = np.zeros((2,) * rank + (1,) * rank)
+    made, slopes = np.zeros((2,) * rank + (1,) * rank), np.zeros((2,) * rank + (1,) * rank)
     for mask in itertools.product((0, 1), repeat=rank):
         if beyond(mask):
             continue
         if not any(m and shape[a] > 1 for a, m in enumerate(mask)):
-            one = s2 / n
+            one, through = s2 / n, pulled / n
         else:
             kappa = float(np.clip(flat[mask] - flat[with_keys(mask)], 0.0, v))
             moved = any(mask[a] and counts.shape[a] > 1 for a in range(rank)) if counts.ndim == rank else True
             low = largest if moved else inverse
             share = math.expm1(min(kappa, 500)) / math.expm1(min(v, 500)) if v > 0 else 0.0
             one = (low + max(s2 - low, 0.0) * share) / n
-        made[mask] = one
+            # Independent rows a, b: E sum a b (1 - a - b + (a, b)), of the same means.
+            apart = low * (1 - s2) ** 2 + (low * (1 - s2)) ** 2 / max(1 - low, low)
+            through = (apart + (pulled - apart) * share) / n
+        made[mask], slopes[mask] = one, through
         made[with_keys(mask)] = (1.0 / n - one) / (n - 1) if n > 1 else one
     for mask in itertools.product((0, 1), repeat=rank):  # several key axes: any of them
         if beyond(mask):
@@ -166,7 +187,7 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
             if beyond(mask):
                 continue
             other = with_keys(mask)
-            part = made[mask] * (l[mask] - l[other]) * (1 - s2)
+            part = slopes[mask] * (l[mask] - l[other])
             found[mask] = part
             found[other] = -part / max(n - 1, 1)
         for mask in itertools.product((0, 1), repeat=rank):
@@ -174,4 +195,4 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
                 found[mask] = found[with_keys(mask)]
         return settled(found, shape)
 
-    return env.made(source, [(value, back)], {TOKENS})
+    return env.made(source, [(value, back)], {TOKENS}, back_note=SCORES)

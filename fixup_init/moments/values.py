@@ -43,6 +43,16 @@ Factors = dict[Source, Formula]  # a function of each source
 Term = tuple[Profile, Factors]  # a coefficient times the product of them
 
 
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Random weights: how many units they make, along which axes, how many units each reads, by how many weights."""
+
+    units: int
+    axes: tuple[int, ...]
+    reads: int
+    fan: int
+
+
 @dataclasses.dataclass(eq=False)
 class Node:
     """A value whose cotangent is followed: `inputs` says how it reaches those that it was made of."""
@@ -52,6 +62,7 @@ class Node:
     inputs: list[Way]
     terms: list[Term] = dataclasses.field(default_factory=list)  # the value, when the node was made
     source: Source | None = None  # that the value became since
+    layer: Layer | None = None  # random weights that made it
 
     @property
     def is_elementwise(self) -> bool:
@@ -67,6 +78,9 @@ class Way:
     pull: Callable[[Lattice], Lattice] | None = None
     slope: Sequence[Term] = ()
     keeps: bool = False  # whether entries are only moved
+    note: str = ""  # what to know about a cotangent that comes by it
+    ends: bool = False  # whether a normalization takes the size of the value away
+    onward: Callable[[Lattice], Lattice] | None = None  # in place of `pull`, for what random weights behind it meet
 
 
 @dataclasses.dataclass(eq=False)
