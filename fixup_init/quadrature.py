@@ -241,6 +241,20 @@ class Quantile:
         return Quantile(lambda at: np.interp(at, z, x), inverse, reach, float(x[first]) if atom else None)
 
     @staticmethod
+    @functools.lru_cache(4096)
+    def of_chance(p: float) -> Quantile | None:
+        """Of a truth value that is true with a chance; None where it is certain."""
+        if not 0 < p < 1:
+            return None
+        low, high, edge = -math.sqrt(p / (1 - p)), math.sqrt((1 - p) / p), float(special.ndtri(1 - p))
+
+        def inverse(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            at = np.full(np.shape(t), edge)
+            return at, at
+
+        return Quantile(lambda z: np.where(z < edge, low, high), inverse, max(-low, high), low)
+
+    @staticmethod
     @functools.cache
     def uniform() -> Quantile:
         """The uniform distribution on [-sqrt(3), sqrt(3)]."""

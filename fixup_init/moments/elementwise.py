@@ -19,6 +19,7 @@ from scipy import special
 
 from fixup_init import jaxprs, quadrature
 from fixup_init.jaxprs import Op, p
+from fixup_init.moments import whole_numbers
 from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.lattice import same, settled
 from fixup_init.moments.polynomials import DEPENDENT, are_dependent, merged, scaled, times
@@ -47,6 +48,13 @@ def elementwise(env: Environment, op: Op, args: list[Value]) -> Value:
     result: Value | None = None
     if any(a.bits for a in args):
         return of_bits(op, args)
+    if (found := whole_numbers.compared(env, op, args, shape)) is not None:
+        return found
+    if (found := whole_numbers.unchanged(op, args)) is not None:
+        return found
+    if primitive is p.select_n_p and (k := args[0].number) is not None:
+        case = args[1 + round(k)]
+        return dataclasses.replace(case, slopes=dict(case.slopes))
     if primitive in _SAME or (
         primitive is p.convert_element_type_p and not _cuts(env.program.dtype(op.inputs[0]), op.params["new_dtype"])
     ):

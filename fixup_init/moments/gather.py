@@ -16,6 +16,7 @@ from fixup_init.jaxprs import Op, p
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import Lattice, settled
+from fixup_init.moments.lookup import look_up
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.values import Source, Value
 
@@ -23,6 +24,8 @@ from fixup_init.moments.values import Source, Value
 def gather(env: Environment, op: Op, args: list[Value]) -> Value:
     """Rows of a table; `again` is how often two places read the same."""
     table, indices = args
+    if (found := look_up(env, op, table, indices)) is not None:
+        return found
     shape = env.program.shape(op.outputs[0])
     numbers, sizes = op.params["dimension_numbers"], op.params["slice_sizes"]
     offset = numbers.offset_dims

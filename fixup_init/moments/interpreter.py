@@ -130,8 +130,8 @@ class Interpreter(Environment):
         rule = RULES.get(primitive)
         if rule is None and quadrature.is_elementwise(primitive):
             rule = elementwise
-        bad = next((a for a in args if a.unknown), None)
-        if bad is not None:
+        bad = next((a for a in args if a.unknown), None) if primitive is not jaxprs.CHOOSE else args[-1]
+        if bad is not None and bad.unknown:
             return [unknown(s, bad.unknown) for s in shapes]
         if rule is None:
             raise NoRule(f"no rule for `{op.name}`")

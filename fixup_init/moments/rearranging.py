@@ -15,7 +15,18 @@ import numpy as np
 from fixup_init import jaxprs
 from fixup_init.jaxprs import Op, p
 from fixup_init.moments.environment import MOST, Environment, Rule
-from fixup_init.moments.lattice import Lattice, Profile, diluted, repeated, settled, summed, total
+from fixup_init.moments.lattice import (
+    Lattice,
+    Profile,
+    diluted,
+    joined,
+    of_pairs,
+    parted,
+    repeated,
+    settled,
+    summed,
+    total,
+)
 from fixup_init.moments.reshaping import profile_reshaped, reshaped
 from fixup_init.moments.values import Node, Source, Value, Way, padded, unit
 
@@ -30,6 +41,7 @@ class Move:
     profile: Callable[[Profile], Profile]
     back: Callable[[Lattice], Lattice]
     where: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None  # for `sum_of`: where axes of the summed went
+    beside: Callable[[Lattice, Profile], Lattice] = lambda lattice, mean: lattice  # what the mean says of pairs
 
 
 def moved(env: Environment, value: Value, move: Move) -> Value:
@@ -37,8 +49,8 @@ def moved(env: Environment, value: Value, move: Move) -> Value:
 
     def image(source: Source) -> Source:
         if move.key not in source.images:
-            new = Source(move.shape, move.profile(source.mean), settled(move.lattice(source.second), move.shape),
-                         source.quantile, source.relatives)  # fmt: skip
+            second = settled(move.beside(move.lattice(source.second), source.mean), move.shape)
+            new = Source(move.shape, move.profile(source.mean), second, source.quantile, source.relatives)
             if source.sum_of is not None and move.where is not None:
                 whole, axes, where = source.sum_of
                 new.sum_of = whole, axes, move.where(where)
@@ -149,6 +161,15 @@ def broadcasted(env: Environment, value: Value, shape: tuple[int, ...], dims: tu
     return result
 
 
+def tile(env: Environment, op: Op, args: list[Value]) -> Value:
+    """Copies beside each other: a new axis in front of each that is repeated, merged with it."""
+    value, reps = args[0], op.params["reps"]
+    env.collapse(value)  # functions of pairs are averaged over which of them are copies, not the reverse
+    wide = [n for pair in zip(reps, value.shape, strict=True) for n in pair]
+    copies = broadcasted(env, value, tuple(wide), tuple(range(1, 2 * value.rank, 2)))
+    return reshaped_value(env, copies, env.program.shape(op.outputs[0]))
+
+
 def block(value: Value, key: Any, shape: tuple[int, ...], starts: Sequence[int | None]) -> Move:
     """A block of entries, at `starts` where these are known."""
     before, rank = value.shape, len(shape)
@@ -169,7 +190,17 @@ def block(value: Value, key: Any, shape: tuple[int, ...], starts: Sequence[int |
             l = diluted(l, a, shape[a], before[a])
         return l
 
-    return Move(key, shape, lambda l: profile(l, rank), profile, back, lambda axes: axes)
+    def beside(l: Lattice, mean: Profile) -> Lattice:
+        """Different entries of the block have the product of their own means, not that of all."""
+        for a in cut:
+            start = starts[a]
+            if mean.shape[a] > 1 and start is not None:
+                near, far = parted(l, a)
+                inside = np.take(mean, range(start, start + shape[a]), a)
+                l = joined(near, far + of_pairs(inside, a) - of_pairs(mean, a), a)
+        return l
+
+    return Move(key, shape, lambda l: profile(l, rank), profile, back, lambda axes: axes, beside)
 
 
 def reverse(env: Environment, op: Op, args: list[Value]) -> Value:
@@ -213,4 +244,5 @@ RULES: dict[Any, Rule] = {
     p.dynamic_slice_p: slice_,
     p.rev_p: reverse,
     jaxprs.SPLIT: split,
+    jaxprs.TILE: tile,
 }

@@ -1,11 +1,12 @@
 """Sums and extremes over axes.
 
 A sum becomes a source that remembers what it is the sum of. The largest of n equally correlated entries is that of n
-independent ones, behind what they have in common.
+independent ones, behind what they have in common. Of truth values, any is the largest and all the smallest.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ from scipy import special
 from fixup_init import quadrature
 from fixup_init.jaxprs import Op, p
 from fixup_init.moments.distributions import distribution
-from fixup_init.moments.environment import Environment, Rule
+from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import Lattice, Profile, repeated, same, settled, total
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.values import Source, Value, sole_source
@@ -48,11 +49,19 @@ def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
     return env.made(source, [(value, back)])
 
 
+def psum(env: Environment, op: Op, args: list[Value]) -> list[Value]:
+    """A sum over an axis that `vmap` named; over devices there is no rule."""
+    axes = op.params["axes"]
+    if op.params.get("axis_index_groups") is not None or not all(isinstance(a, int) for a in axes):
+        raise NoRule(f"no rule for `{op.name}` over devices or groups")
+    return [reduce_sum(env, dataclasses.replace(op, outputs=(v,)), [a]) for v, a in zip(op.outputs, args, strict=True)]
+
+
 def reduce_max(env: Environment, op: Op, args: list[Value]) -> Value:
     """The largest or smallest over axes; the cotangent reaches that entry alone."""
     value, axes = args[0], tuple(sorted(op.params["axes"]))
     before, shape = value.shape, env.program.shape(op.outputs[0])
-    sign = 1.0 if op.primitive is p.reduce_max_p else -1.0
+    sign = 1.0 if op.primitive in (p.reduce_max_p, p.reduce_or_p) else -1.0
     n = math.prod(before[a] for a in axes)
     mean, second = moments_of(value)
     flat = tuple(value.rank - len(axes) + a for a in axes)
@@ -119,4 +128,7 @@ RULES: dict[Any, Rule] = {
     p.reduce_sum_p: reduce_sum,
     p.reduce_max_p: reduce_max,
     p.reduce_min_p: reduce_max,
+    p.reduce_or_p: reduce_max,
+    p.reduce_and_p: reduce_max,
+    p.psum_p: psum,
 }
