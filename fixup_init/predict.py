@@ -134,6 +134,11 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
                 notes.add("backward " + broken[graph.node_of[tap.value]])
             elif node is not None and node in cotangents:
                 backward = _statistics(np.zeros(()), cotangents[node], node.shape, channels[tap.value])
+                other = next(iter(value.imaginary.slopes), None) if value.imaginary is not None else None
+                if other is not None and other in cotangents:
+                    backward = _mean(
+                        backward, _statistics(np.zeros(()), cotangents[other], other.shape, channels[tap.value])
+                    )
                 if not math.isfinite(backward.variance):
                     backward = None
                     notes.add("backward unknown: a rule was not found on the way")
@@ -180,7 +185,15 @@ def _broken(traced: Traced, interpreter: Interpreter, starts: Sequence[int]) -> 
 
 def _forward(value: Value, channel: int) -> Statistics:
     mean, second = moments.moments_of(value)
-    return _statistics(mean, second, value.shape, channel)
+    found = _statistics(mean, second, value.shape, channel)
+    return found if value.imaginary is None else _mean(found, _forward(value.imaginary, channel))
+
+
+def _mean(one: Statistics, other: Statistics) -> Statistics:
+    """Of the real and the imaginary parts side by side."""
+    m = (one.mean + other.mean) / 2
+    q = (one.second_moment + other.second_moment) / 2
+    return Statistics(m, max(q - m * m, 0.0), (one.squared_channel_mean + other.squared_channel_mean) / 2)
 
 
 def _statistics(mean: np.ndarray, second: np.ndarray, shape: tuple[int, ...], channel: int) -> Statistics:
@@ -306,7 +319,8 @@ def _data(traced: Traced, rows: int) -> dict[int, Value]:
         if not isinstance(array, jax.ShapeDtypeStruct):
             found[v] = _given(np.asarray(array))
         elif jnp.issubdtype(array.dtype, jnp.complexfloating):
-            found[v] = moments.unknown(shape, "unknown: complex numbers")
+            parts = [moments.of_source(moments.gaussian(shape, 0.5)) for _ in range(2)]
+            found[v] = moments.of_parts(*parts)
         elif jnp.issubdtype(array.dtype, jnp.floating):
             found[v] = moments.of_source(moments.gaussian(shape, 1.0))
         elif array.dtype == jnp.bool_:

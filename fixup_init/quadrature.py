@@ -255,6 +255,11 @@ class Quantile:
         return Quantile(lambda z: np.where(z < edge, low, high), inverse, max(-low, high), low)
 
     @staticmethod
+    def positive(ratio: float) -> Quantile | None:
+        """Log-normal, of a positive value whose deviation is at most `ratio` of its mean; None where it is certain."""
+        return _lognormal(math.ceil(ratio * 1000) / 1000) if 0 < ratio < 1e6 else None
+
+    @staticmethod
     @functools.cache
     def uniform() -> Quantile:
         """The uniform distribution on [-sqrt(3), sqrt(3)]."""
@@ -264,6 +269,18 @@ class Quantile:
             lambda t: (special.ndtri(np.clip(t / width + 0.5, 1e-18, 1 - 1e-16)),) * 2,
             math.sqrt(3.0),
         )
+
+
+@functools.lru_cache(4096)
+def _lognormal(ratio: float) -> Quantile:
+    variance = math.log1p(ratio**2)  # of the logarithm
+    sigma = math.sqrt(variance)
+
+    def inverse(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        at = (np.log(np.maximum(1 + ratio * t, 1e-300)) + variance / 2) / sigma
+        return at, at
+
+    return Quantile(lambda z: np.expm1(sigma * z - variance / 2) / ratio, inverse, math.expm1(_REACH * sigma) / ratio)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ References: Poole et al. 2016 (arXiv:1606.05340); Schoenholz et al. 2017 (arXiv:
 """
 
 from fixup_init.moments.backward import pull_back
+from fixup_init.moments.complex_numbers import of_parts
 from fixup_init.moments.interpreter import Interpreter
 from fixup_init.moments.lattice import settled, total
 from fixup_init.moments.norms import Normalization
@@ -29,5 +30,6 @@ from fixup_init.moments.values import Node, Value, fixed, gaussian, known, of_so
 
 __all__ = [
     "INSIDE", "Interpreter", "Node", "Normalization", "Softmax", "Value", "fixed", "gaussian", "known", "moments_of",
-    "of_source", "ones", "pull_back", "settled", "softmax_of", "softmax_square", "softmaxes", "total", "unknown",
+    "of_parts", "of_source", "ones", "pull_back", "settled", "softmax_of", "softmax_square", "softmaxes", "total",
+    "unknown",
 ]  # fmt: skip

@@ -59,6 +59,18 @@ def distribution(terms: Sequence[Term]) -> Quantile | None:
     return Quantile.of_samples(x) if np.isfinite(x).all() else None
 
 
+def of_positive_sum(terms: Sequence[Term], mean: np.ndarray, square: np.ndarray) -> Quantile | None:
+    """The distribution of a sum of many values with these moments: log-normal where they are positive."""
+    if is_gaussian(terms):
+        return None
+    sources = sorted({s for _, f in terms for s in f}, key=lambda s: s.number)
+    x = drawn_at(terms, draws(sources))
+    if not np.isfinite(x).all() or x.min() < 0 or not (mean > 0).any():
+        return None
+    ratio = np.sqrt(np.maximum(square - mean**2, 0.0)) / np.maximum(mean, 1e-300)
+    return Quantile.positive(float(ratio[np.broadcast_to(mean > 0, ratio.shape)].max()))
+
+
 def mixture(parts: Sequence[tuple[Value, float, float]], sizes: Sequence[int]) -> Quantile | None:
     """The distribution of an entry that comes from one of several values."""
     z = special.ndtri((np.arange(1024) + 0.5) / 1024)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from fixup_init.moments.lattice import same, settled
 from fixup_init.moments.polynomials import DEPENDENT, are_dependent, merged, scaled, times
 from fixup_init.moments.random_bits import of_bits
 from fixup_init.moments.rearranging import broadcasted
+from fixup_init.moments.shares import shares
 from fixup_init.moments.values import Node, Source, Term, Value, function_of, is_unit, known, unit
 from fixup_init.quadrature import FLAT, Formula, Quantile
 
@@ -143,7 +144,7 @@ def _product(env: Environment, shape: tuple[int, ...], args: Sequence[Value]) ->
     left, right = args
     if len(left.terms) * len(right.terms) > _TERMS:
         env.collapse(left if len(left.terms) > len(right.terms) else right)
-    terms = times(left.terms, right.terms)
+    terms = whole_numbers.with_picked(times(left.terms, right.terms))
     slopes = _linear_slopes([(left, list(right.terms)), (right, list(left.terms))])
     result = _result(shape, terms, args, slopes)
     if any(len(f) > 1 for _, f in terms) and are_dependent(terms):
@@ -184,7 +185,7 @@ def _function(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
         if common is None and op.primitive is p.div_p:
             return _quotient(env, op, args, shape)
         if common is None and len(moving) == 2 and len(args) == 2:
-            return _of_two(env, op, args, shape)
+            return _of_operation(env, op, args, shape)
         if common is None:
             raise NoRule(f"no rule for `{op.name}` of several values at once")
     casts = [env.program.dtype(v) for v in op.inputs]
@@ -218,6 +219,8 @@ def _by_rule(env: Environment, call: Op, result: Value) -> None:
 def _quotient(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...]) -> Value:
     """A polynomial times 1 / b, for a function b of one source."""
     above, below = args
+    if (found := shares(env, shape, above, below)) is not None:
+        return found
     base = _common([below])
     if base is None:
         raise NoRule("no rule for `div` by a constant array")
@@ -259,14 +262,22 @@ def _selected(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
     return result
 
 
-def _of_two(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...]) -> Value:
-    """A function of two independent values, by their joint distribution."""
-    sources = [_common([a]) for a in args]
-    if any(s is None for s in sources):
+def _of_operation(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...]) -> Value:
+    """An operation on two values."""
+    if any(_common([a]) is None for a in args):
         raise NoRule(f"no rule for `{op.name}` with a constant array")
+    casts = [env.program.dtype(v) for v in op.inputs]
+    return of_two(env, lambda *xs: jaxprs.bind(op, xs)[0], args, shape, casts, op.primitive in FLAT)
+
+
+def of_two(
+    env: Environment, function: Callable[..., Any], args: list[Value], shape: tuple[int, ...],
+    casts: Sequence[Any] = (jnp.float32, jnp.float32), is_flat: bool = False,
+) -> Value:  # fmt: skip
+    """A function of two independent values of one source each, by their joint distribution."""
+    sources = [_common([a]) for a in args]
     left, right = (s for s in sources if s is not None)
     rank = len(shape)
-    casts = [env.program.dtype(v) for v in op.inputs]
     z, w = np.polynomial.hermite_e.hermegauss(_GRID)
     w = w / w.sum()
     drawn, correlations = [], []
@@ -278,7 +289,7 @@ def _of_two(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...])
         correlations.append(quadrature.latent(s.quantile, rho))
     a, b = np.meshgrid(*drawn, indexing="ij")
     flat = [jnp.asarray(x.ravel(), d) for x, d in zip((a, b), casts, strict=True)]
-    f = np.asarray(jaxprs.bind(op, flat)[0], np.float64).reshape(a.shape)
+    f = np.asarray(function(*flat), np.float64).reshape(a.shape)
     basis = np.polynomial.hermite_e.hermevander(z, _ORDER) / np.sqrt(special.factorial(np.arange(_ORDER + 1)))
     c2 = np.square((basis * w[:, None]).T @ f @ (basis * w[:, None]))
     weight = np.outer(w, w)
@@ -291,11 +302,11 @@ def _of_two(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...])
         shape, np.full((1,) * rank, mean), settled(second, shape), quantile, left.relatives | right.relatives
     )
     parts = []
-    if op.primitive not in FLAT:
+    if not is_flat:
         for k, value in enumerate(args):
             one = [jnp.zeros(f.size, jnp.asarray(x).dtype) for x in flat]
             one[k] = one[k] + 1
-            d = np.asarray(jax.jvp(lambda *xs: jaxprs.bind(op, xs)[0], flat, one)[1], np.float64).reshape(f.shape)
+            d = np.asarray(jax.jvp(function, flat, one)[1], np.float64).reshape(f.shape)
             moment = float((weight * d * d).sum())
             parts.append((value, functools.partial(np.multiply, moment)))
     notes = {DEPENDENT} if left.relatives & right.relatives else set()

@@ -23,11 +23,11 @@ from scipy import special
 
 from fixup_init import quadrature
 from fixup_init.jaxprs import Op, p
-from fixup_init.moments.distributions import distribution
+from fixup_init.moments.distributions import distribution, of_positive_sum
 from fixup_init.moments.environment import Environment, Rule
-from fixup_init.moments.lattice import PROFILE, Lattice, joined, parted, settled
+from fixup_init.moments.lattice import PROFILE, Lattice, joined, parted, same, settled
 from fixup_init.moments.polynomials import DEPENDENT, kin_of, moments_of
-from fixup_init.moments.values import Source, Value, of_source
+from fixup_init.moments.values import Source, Value, of_source, sole_source
 from fixup_init.quadrature import Quantile
 
 ORDERED = "approximate: entries that are put in order, taken as equally correlated and in rows of one distribution"
@@ -126,7 +126,8 @@ def sorted_source(value: Value, axis: int, k: int, descending: bool) -> Source:
     second = joined(near, far if k > 1 else near, axis)
     shape = tuple(k if a == axis else s for a, s in enumerate(value.shape))
     mean = mean.reshape([-1 if a == axis else 1 for a in range(rank)])
-    quantile = distribution(value.terms) if k == n and (n == 1 or k > PROFILE) else None
+    square = same(second, rank)
+    quantile = distribution(value.terms) if k > PROFILE else of_positive_sum(value.terms, mean, square)
     return Source(shape, mean, settled(second, shape), quantile, kin_of(value.terms))
 
 
@@ -203,9 +204,15 @@ def argmax(env: Environment, op: Op, args: list[Value]) -> Value:
     value = args[0]
     (axis,) = op.params["axes"]
     n = value.shape[axis]
-    env.collapse(value)
+    source = env.collapse(value)
     rows = Rows.of(value, axis)
-    return _indices(env, value, env.program.shape(op.outputs[0]), None, n, agreements(rows.own, n))
+    result = _indices(env, value, env.program.shape(op.outputs[0]), None, n, agreements(rows.own, n))
+    index = sole_source(result.terms)
+    if source is not None and index is not None and n > 1:
+        one = sorted_source(value, axis, 1, op.primitive is p.argmax_p)
+        top = Source(value.shape, one.mean, np.repeat(np.take(one.second, [0], axis), 2, axis), one.quantile, one.kin)
+        index.picks = source, top, axis
+    return result
 
 
 def top_k(env: Environment, op: Op, args: list[Value]) -> list[Value]:

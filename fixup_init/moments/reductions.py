@@ -15,7 +15,7 @@ from scipy import special
 
 from fixup_init import quadrature
 from fixup_init.jaxprs import Op, p
-from fixup_init.moments.distributions import distribution
+from fixup_init.moments.distributions import distribution, drawn_at, draws
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import Lattice, Profile, repeated, same, settled, total
 from fixup_init.moments.polynomials import kin_of, moments_of
@@ -32,7 +32,7 @@ def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
     before, shape = value.shape, env.program.shape(op.outputs[0])
     mean, second = moments_of(value)
     n = math.prod(before[a] for a in axes)
-    quantile = None if n >= 8 else distribution(value.terms)
+    quantile = None if n >= 8 else _exclusive(value, axes, second, n) or distribution(value.terms)
     source = Source(
         shape, n * mean.mean(axes), settled(total(second, axes, before), shape), quantile, kin_of(value.terms)
     )
@@ -47,6 +47,21 @@ def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
         return settled(l, before)
 
     return env.made(source, [(value, back)])
+
+
+def _exclusive(value: Value, axes: tuple[int, ...], second: Lattice, n: int) -> Quantile | None:
+    """The distribution of a sum of which at most one entry is not zero, as of a value times a one-hot vector."""
+    flat = second.mean(tuple(range(value.rank, 2 * value.rank)))
+    apart = tuple(1 if a in axes else 0 for a in range(value.rank))
+    if n == 1 or not flat[(0,) * value.rank] > 0 or abs(flat[apart]) > 1e-12 * flat[(0,) * value.rank]:
+        return None
+    sources = sorted({s for _, f in value.terms for s in f}, key=lambda s: s.number)
+    x = drawn_at(value.terms, draws(sources)) if sources else np.zeros(1)
+    here = x[x != 0]
+    if not here.size or not np.isfinite(here).all():
+        return None
+    weights = np.append(np.full(here.size, n / x.size), max(1 - n * here.size / x.size, 0.0))
+    return Quantile.of_samples(np.append(here, 0.0), weights)
 
 
 def psum(env: Environment, op: Op, args: list[Value]) -> list[Value]:

@@ -15,8 +15,9 @@ import numpy as np
 from fixup_init import jaxprs
 from fixup_init.jaxprs import Op, p
 from fixup_init.moments.combining import combined, complement
+from fixup_init.moments.distributions import of_positive_sum
 from fixup_init.moments.environment import Environment, NoRule, Rule
-from fixup_init.moments.lattice import PROFILE, Lattice, joined, parted, settled
+from fixup_init.moments.lattice import PROFILE, Lattice, joined, parted, same, settled
 from fixup_init.moments.places import Places, places_of
 from fixup_init.moments.polynomials import kin_of, moments_of, scaled, times
 from fixup_init.moments.rearranging import Move, moved, reshaped_value
@@ -115,8 +116,9 @@ def scatter_add(env: Environment, op: Op, args: list[Value]) -> Value:
     mean, second = moments_of(updates)
     places = written.places
     new = written.unfolded(places.collected(written.inward(second)))
+    line = _mean(written, mean, places.count * places.shares)
     source = Source(
-        shape, _mean(written, mean, places.count * places.shares), new, None,
+        shape, line, new, of_positive_sum(updates.terms, line, same(new, len(shape))),
         kin_of(updates.terms) | kin_of(indices.terms),
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from fixup_init.moments.environment import Environment
 from fixup_init.moments.lattice import PROFILE, Lattice, settled
 from fixup_init.moments.polynomials import kin_of, second_of
 from fixup_init.moments.values import Source, Value, padded, unknown
+from fixup_init.quadrature import Quantile
 
 INSIDE = "an exponential inside of a softmax"
 TOKENS = "approximate: attention weights are taken as independent of the values that they weigh"
@@ -157,7 +158,8 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
     for mask in itertools.product((0, 1), repeat=rank):  # several key axes: any of them
         if beyond(mask):
             made[mask] = made[with_keys(mask)]
-    source = Source(shape, np.full((1,) * rank, 1.0 / n), settled(made, shape), None, kin_of(value.terms))
+    quantile = Quantile.positive(math.sqrt(max(n * s2 - 1, 0.0)))  # weights are not negative
+    source = Source(shape, np.full((1,) * rank, 1.0 / n), settled(made, shape), quantile, kin_of(value.terms))
 
     def back(l: Lattice) -> Lattice:
         l = l.mean(tuple(range(rank, 2 * rank)), keepdims=True)

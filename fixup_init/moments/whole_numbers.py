@@ -19,8 +19,8 @@ from fixup_init.moments.distributions import SAMPLES, drawn_at, draws
 from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.lattice import PROFILE, Lattice, settled
 from fixup_init.moments.polynomials import DEPENDENT, kin_of, merged, moments_of, scaled
-from fixup_init.moments.values import Source, Value, known, of_source, sole_source, unit
-from fixup_init.quadrature import Quantile
+from fixup_init.moments.values import Source, Term, Value, known, of_source, sole_source, unit
+from fixup_init.quadrature import Quantile, X
 
 _MOST = 1 << 17  # entries of constant indices that are counted
 
@@ -180,9 +180,25 @@ def _matched(value: Value, args: list[Value], whole_ones: list[bool], shape: tup
         second[(slice(None),) * a + (1,)] = far[(slice(None),) * a + (1,)]
     else:
         second = near
-    result = of_source(chosen(shape, mean, second, kin_of(value.terms)))
+    source = chosen(shape, mean, second, kin_of(value.terms))
+    index = sole_source(value.terms)
+    if index is not None and index.picks is not None and wide == [index.picks[2]] and index.picks[0].shape == shape:
+        source.picks = index.picks
+    result = of_source(source)
     result.notes = value.notes
     return result
+
+
+def with_picked(terms: list[Term]) -> list[Term]:
+    """A value times the one-hot vector of its largest entry is that vector times the largest, which is independent."""
+    found = []
+    for c, factors in terms:
+        for s in factors:
+            if s.picks is not None and s.picks[0].shape == s.shape and factors.get(s.picks[0]) is X:
+                factors = {k: f for k, f in factors.items() if k is not s.picks[0]} | {s.picks[1]: X}
+                break
+        found.append((c, factors))
+    return found
 
 
 def _both(args: list[Value], shape: tuple[int, ...]) -> Value:
