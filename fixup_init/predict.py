@@ -353,7 +353,7 @@ def _install(traced: Traced, interpreter: Interpreter) -> None:
     first = len(graph.inputs)
     for norm in traced.norms:
         ops = [program.ops[n - first] for n in sorted(norm.region) if n >= first]
-        if norm.form != "train" or not ops:
+        if norm.form != "train" or not ops or not moments.has_squares(ops):
             continue
         region = Normalization(norm.source, norm.axes, program.shape(norm.source), ops[0])
         for op in ops:
@@ -371,6 +371,16 @@ def _install(traced: Traced, interpreter: Interpreter) -> None:
             return [moments.softmax_of(interpreter, interpreter.read(found.source), found.axes)]
 
         interpreter.instead[id(found.end)] = weights
+
+    for segments in moments.segment_softmaxes(program):
+        for op in segments.inside:
+            interpreter.instead.setdefault(id(op), inside)
+
+        def edges(op: Op, segments: moments.Segments = segments) -> list[Value]:
+            del op
+            return [moments.segment_softmax(interpreter, segments)]
+
+        interpreter.instead[id(segments.end)] = edges
 
 
 def _nonzero(program: jaxprs.Program, parameters: Mapping[int, Value]) -> list[np.ndarray]:

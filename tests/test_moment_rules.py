@@ -15,7 +15,7 @@ from jax import lax
 import fixup_init as fi
 from fixup_init.predict import predict
 
-SHAPE, DRAWS = (8, 32), 4000
+SHAPE, DRAWS = (8, 32), 2000
 relu = jax.nn.relu
 INDEX = jnp.array([0, 1, 2, 2, 5, 5, 5, 7])
 
@@ -28,8 +28,14 @@ def total(parts: Any) -> Any:
     return parts / parts.sum(-1, keepdims=True)
 
 
+def over_edges(x: Any) -> Any:
+    most = jax.ops.segment_max(x, INDEX, 10)
+    weights = jnp.exp(x - most[INDEX])
+    return weights / jax.ops.segment_sum(weights, INDEX, 10)[INDEX]
+
+
 def moduli(x: Any) -> Any:
-    return jnp.abs(jnp.fft.rfft(x, axis=-1))
+    return jnp.abs(x[:, :16] + 1j * x[:, 16:])
 
 
 def turned(x: Any) -> Any:
@@ -51,7 +57,7 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
     "top_k": lambda x: lax.top_k(x, 5)[0],
     "sum of top_k": lambda x: lax.top_k(x, 5)[0].sum(-1, keepdims=True),
     "where top_k is": lambda x: jax.nn.one_hot(lax.top_k(x, 5)[1], 32).sum(-2),
-    "shares of top_k": lambda x: total(lax.top_k(jax.nn.softmax(x, -1), 2)[0]),
+    "shares of top_k": lambda x: total(lax.top_k(x + 4, 4)[0]),
     "one-hot of argmax": one_hot,
     "one-hot of argmin, equal rows": lambda x: jax.nn.one_hot(jnp.argmin(0.0 * x + x[:1], -1), 32),
     "largest by its one-hot vector": lambda x: (one_hot(x) * x).sum(-1, keepdims=True),
@@ -69,6 +75,7 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
     "segment_sum, read": lambda x: jax.ops.segment_sum(relu(x), INDEX, 10)[INDEX],
     "segment_sum by argmax": lambda x: jax.ops.segment_sum(x[:, 5:], jnp.argmax(x[:, :5], -1), 5),
     "segment_max": lambda x: jax.ops.segment_max(x, jnp.array([0, 0, 1, 1, 2, 2, 3, 3]), 4),
+    "softmax over segments": over_edges,
     "counts": lambda x: jnp.bincount(jnp.argmax(x[:, :5], -1), length=5).astype(jnp.float32)[None],
     "rows set": lambda x: jnp.zeros((10, 32)).at[INDEX].set(3 * relu(x)),
     "columns set": lambda x: x.at[:, INDEX].set(2.0),
@@ -78,7 +85,7 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
     "dynamic_update_slice": lambda x: lax.dynamic_update_slice(jnp.ones((12, 32)), relu(x), (3, 0)),
     "what it wrote": lambda x: lax.dynamic_update_slice(jnp.ones((12, 32)), relu(x), (3, 0))[3:11],
     "tile": lambda x: jnp.tile(relu(x), (2, 3)),
-    "pmean over a vmap": lambda x: jax.vmap(lambda r: r - lax.pmean(r, "b"), axis_name="b")(x),
+    "pmean over a vmap": lambda x: jax.vmap(lambda r: lax.pmean(relu(r), "b"), axis_name="b")(x),
     "cond": lambda x: lax.cond(x[0, 0] > 0.5, lambda y: 3 * y + 1, lambda y: y, x[1:]),
     "switch": lambda x: lax.switch(
         jnp.argmax(x[0, :3]), [lambda y: 3 * y + 1, lambda y: y, lambda y: y - 2], x[1:] * 1.0
@@ -86,7 +93,7 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
     "fft, real part": lambda x: jnp.fft.fft(relu(x), axis=-1).real,
     "fft, imaginary part": lambda x: jnp.fft.fft(x, axis=0).imag,
     "fft2": lambda x: jnp.fft.fft2(relu(x)).real,
-    "modulus of rfft": moduli,
+    "modulus": moduli,
     "rfft and back": lambda x: jnp.fft.irfft(jnp.fft.rfft(relu(x)), 32),
     "low frequencies": lambda x: jnp.fft.irfft(jnp.fft.rfft(x)[:, :8], 32),
     "complex exponential": lambda x: jnp.exp(1j * x).imag,

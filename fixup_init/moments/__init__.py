@@ -23,13 +23,14 @@ from fixup_init.moments.backward import pull_back
 from fixup_init.moments.complex_numbers import of_parts
 from fixup_init.moments.interpreter import Interpreter
 from fixup_init.moments.lattice import settled, total
-from fixup_init.moments.norms import Normalization
+from fixup_init.moments.norms import Normalization, has_squares
 from fixup_init.moments.polynomials import moments_of
+from fixup_init.moments.segments import Segments, segment_softmax, segment_softmaxes
 from fixup_init.moments.softmax import INSIDE, Softmax, softmax_of, softmax_square, softmaxes
 from fixup_init.moments.values import Node, Value, fixed, gaussian, known, of_source, ones, unknown
 
 __all__ = [
-    "INSIDE", "Interpreter", "Node", "Normalization", "Softmax", "Value", "fixed", "gaussian", "known", "moments_of",
-    "of_parts", "of_source", "ones", "pull_back", "settled", "softmax_of", "softmax_square", "softmaxes", "total",
-    "unknown",
+    "INSIDE", "Interpreter", "Node", "Normalization", "Segments", "Softmax", "Value", "fixed", "gaussian", "has_squares",
+    "known", "moments_of", "of_parts", "of_source", "ones", "pull_back", "segment_softmax", "segment_softmaxes", "settled",
+    "softmax_of", "softmax_square", "softmaxes", "total", "unknown",
 ]  # fmt: skip

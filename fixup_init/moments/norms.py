@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from fixup_init.jaxprs import Op, p
 from fixup_init.moments.distributions import distribution
@@ -17,6 +18,15 @@ from fixup_init.quadrature import X
 _REDUCING = frozenset({
     p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.reduce_window_sum_p, p.dot_general_p, p.psum_p,
 })  # fmt: skip
+
+_SQUARING = frozenset({
+    p.mul_p, p.square_p, p.integer_pow_p, p.pow_p, p.sqrt_p, p.rsqrt_p, p.dot_general_p, p.reduce_max_p,
+})  # fmt: skip
+
+
+def has_squares(ops: Sequence[Op]) -> bool:
+    """Whether a normalization divides by a size; one by a plain sum gives shares, which have a rule of their own."""
+    return any(op.primitive in _SQUARING for op in ops)
 
 
 class Normalization:

@@ -30,6 +30,8 @@ from fixup_init.moments.lattice import (
 from fixup_init.moments.reshaping import profile_reshaped, reshaped
 from fixup_init.moments.values import Node, Source, Value, Way, padded, unit
 
+_PLACED = 256  # entries of an axis along which a cotangent is held position by position, where a block was cut out
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Move:
@@ -188,7 +190,15 @@ def block(value: Value, key: Any, shape: tuple[int, ...], starts: Sequence[int |
 
     def back(l: Lattice) -> Lattice:
         for a in cut:
-            l = diluted(l, a, shape[a], before[a])
+            start, n, held = starts[a], before[a], shape[a]
+            if start is None or n > _PLACED:
+                l = diluted(l, a, held, n)
+                continue
+            near, far = parted(l, a)  # the cotangent lies where the block was
+            near = np.repeat(near, held, rank + a) if near.shape[rank + a] == 1 else near
+            widths = [(start, n - held - start) if k == rank + a else (0, 0) for k in range(2 * rank)]
+            far = far.mean(rank + a, keepdims=True) * (held * (held - 1) / (n * max(n - 1, 1)))
+            l = joined(np.pad(near, widths), far, a)
         return l
 
     def beside(l: Lattice, mean: Profile) -> Lattice:

@@ -38,7 +38,7 @@ class Softmax:
     end: Op
 
 
-_PASSED = frozenset({
+PASSED = frozenset({
     p.broadcast_in_dim_p, p.reshape_p, p.convert_element_type_p, p.squeeze_p, p.copy_p, p.stop_gradient_p,
     jaxprs.IDENTITY,
 })  # fmt: skip
@@ -48,7 +48,7 @@ def softmaxes(program: Program) -> list[Softmax]:
     """Every softmax of a program."""
     maker = {v: op for op in program.ops for v in op.outputs}
 
-    def back(value: int, passed: frozenset[Any] = _PASSED) -> tuple[int, Op | None]:
+    def back(value: int, passed: frozenset[Any] = PASSED) -> tuple[int, Op | None]:
         while (op := maker.get(value)) is not None and op.primitive in passed:
             value = op.inputs[0]
         return value, op
