@@ -30,7 +30,7 @@ from fixup_init.moments.softmax import INSIDE, Softmax, softmax_of, softmax_squa
 from fixup_init.moments.values import Node, Value, fixed, gaussian, known, of_source, ones, unknown
 
 __all__ = [
-    "INSIDE", "Interpreter", "Node", "Normalization", "Segments", "Softmax", "Value", "fixed", "gaussian", "has_squares",
-    "known", "moments_of", "of_parts", "of_source", "ones", "pull_back", "segment_softmax", "segment_softmaxes", "settled",
-    "softmax_of", "softmax_square", "softmaxes", "total", "unknown",
+    "INSIDE", "Interpreter", "Node", "Normalization", "Segments", "Softmax", "Value", "fixed", "gaussian",
+    "has_squares", "known", "moments_of", "of_parts", "of_source", "ones", "pull_back", "segment_softmax",
+    "segment_softmaxes", "settled", "softmax_of", "softmax_square", "softmaxes", "total", "unknown",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from fixup_init.moments.linear import Matrix, linear
 from fixup_init.moments.ordering import Rows
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.softmax import softmax_square
-from fixup_init.moments.values import Source, Value
+from fixup_init.moments.values import Source, Value, sole_source
 
 INDEPENDENT = "approximate: entries whose products are taken as independent of each other"
 RUNNING = "approximate: the largest of independent entries, in rows that are independent"
@@ -43,7 +43,13 @@ def _axis(op: Op, value: Value) -> tuple[int, int, bool]:
 
 def cumsum(env: Environment, op: Op, args: list[Value]) -> Value:
     axis, n, reverse = _axis(op, args[0])
-    return linear(env, args[0], axis, Matrix(_before(n, reverse)))
+    matrix = _before(n, reverse)
+    result = linear(env, args[0], axis, Matrix(matrix))
+    one, total = sole_source(args[0].terms), sole_source(result.terms)
+    if one is not None and one.truth and total is not None:
+        before = sole_source(linear(env, args[0], axis, Matrix(matrix - np.eye(n))).terms)
+        total.counts = (one, before) if before is not None else None
+    return result
 
 
 def _running(

@@ -27,7 +27,7 @@ from fixup_init.moments.random_bits import of_bits
 from fixup_init.moments.rearranging import broadcasted
 from fixup_init.moments.shares import shares
 from fixup_init.moments.values import Node, Source, Term, Value, function_of, is_unit, known, unit
-from fixup_init.quadrature import FLAT, Formula, Quantile
+from fixup_init.quadrature import FLAT, Formula, Quantile, X
 
 _SAME = frozenset({
     p.copy_p, p.stop_gradient_p, p.name_p, jaxprs.IDENTITY, p.reduce_precision_p, p.sharding_constraint_p,
@@ -178,6 +178,8 @@ def _function(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
     if common is None:
         if op.primitive is p.select_n_p:
             return _selected(env, op, args, shape)
+        if (gate := _gate(args)) is not None:
+            return _gated(env, op, args, shape, gate)
         moving = [a for a in dict.fromkeys(args) if not a.is_constant]
         for a in moving:
             env.collapse(a)
@@ -197,6 +199,44 @@ def _function(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
             if a.slopes and jnp.issubdtype(casts[k], jnp.floating):
                 parts.append((a, function_of(common, quadrature.slope(op, formulas, casts, k))))
     return _result(shape, terms, args, _linear_slopes(parts))
+
+
+def _gate(args: Sequence[Value]) -> Source | None:
+    """The truth value that the one argument which is no number has in all its terms."""
+    moving = [a for a in args if not a.is_constant]
+    if len(moving) != 1 or any(a.number is None for a in args if a.is_constant):
+        return None
+    held = [{s for s, f in factors.items() if s.truth and f is X} for _, factors in moving[0].terms]
+    shared = set.intersection(*held) if held else set()
+    return min(shared, key=lambda s: s.number) if shared else None
+
+
+def _gated(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...], gate: Source) -> Value:
+    """f(b y) = f(0) + b (f(y) - f(0)) for a truth value b, and the slope likewise."""
+    rank = len(shape)
+    k = next(k for k, a in enumerate(args) if not a.is_constant)
+    whole = args[k]
+    yes, no = function_of(gate), merged([*unit(rank), *scaled(function_of(gate), -1.0)])
+    stub = Node(-1, shape, [])
+    inner = [(c, {s: f for s, f in factors.items() if s is not gate}) for c, factors in whole.terms]
+    bare = Value(shape, merged(inner), {stub: unit(rank)} if whole.slopes else {})
+    casts = [env.program.dtype(v) for v in op.inputs]
+    numbers = [jnp.asarray(0.0 if j == k else a.number, d) for j, (a, d) in enumerate(zip(args, casts, strict=True))]
+    at_zero = float(np.asarray(jaxprs.bind(op, numbers)[0], np.float64))
+    there = _function(env, op, [*args[:k], bare, *args[k + 1 :]], shape)
+    if there.is_constant and there.array is not None:
+        there = dataclasses.replace(there, array=None)
+    terms = merged([*times(there.terms, yes), *scaled(no, at_zero)])
+    slopes: dict[Node, list[Term]] = {}
+    if stub in there.slopes and op.primitive not in FLAT:
+
+        def along(x: Any) -> Any:
+            return jaxprs.bind(op, [*numbers[:k], x, *numbers[k + 1 :]])[0]
+
+        flat = float(jax.jvp(along, (numbers[k],), (jnp.ones_like(numbers[k]),))[1])
+        slope = merged([*times(there.slopes[stub], yes), *scaled(no, flat)])
+        slopes = _linear_slopes([(whole, slope)])
+    return _result(shape, terms, [*args, there], slopes)
 
 
 def _by_rule(env: Environment, call: Op, result: Value) -> None:

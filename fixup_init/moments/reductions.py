@@ -56,7 +56,7 @@ def _exclusive(value: Value, axes: tuple[int, ...], second: Lattice, n: int) -> 
     if n == 1 or not flat[(0,) * value.rank] > 0 or abs(flat[apart]) > 1e-12 * flat[(0,) * value.rank]:
         return None
     sources = sorted({s for _, f in value.terms for s in f}, key=lambda s: s.number)
-    x = drawn_at(value.terms, draws(sources)) if sources else np.zeros(1)
+    x = drawn_at(value.terms, draws(sources, anywhere=True)) if sources else np.zeros(1)
     here = x[x != 0]
     if not here.size or not np.isfinite(here).all():
         return None

@@ -30,6 +30,8 @@ class Source:
     kin: frozenset[int] = frozenset()  # sources that it is made of, but for random weights in between
     sum_of: tuple[Source, tuple[int, ...], tuple[int, ...]] | None = None  # source, axes summed, where others went
     picks: tuple[Source, Source, int] | None = None  # where it says which is largest: of what, that one, the axis
+    truth: bool = False  # whether it is 0 or 1, so that its square is itself
+    counts: tuple[Source, Source] | None = None  # of a cumulative sum: of what, and the sum without the last one
     number: int = dataclasses.field(default_factory=lambda: next(numbers))
     images: dict[Any, Source] = dataclasses.field(default_factory=dict)
     expectations: dict[Any, Any] = dataclasses.field(default_factory=dict)

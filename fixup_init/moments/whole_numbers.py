@@ -67,7 +67,7 @@ def whole(value: Value) -> Whole | None:
         numbers, shares = np.arange(value.rows), np.full(value.rows, 1 / value.rows)
     else:
         sources = sorted({s for _, f in value.terms for s in f}, key=lambda s: s.number)
-        x = drawn_at(value.terms, draws(sources))
+        x = drawn_at(value.terms, draws(sources, anywhere=True))
         if not np.isfinite(x).all():
             return None
         numbers, counts = np.unique(np.rint(x), return_counts=True)
@@ -100,7 +100,7 @@ def is_whole(env: Environment, number: int, value: Value) -> bool:
 
 def chosen(shape: tuple[int, ...], mean: np.ndarray, second: Lattice, kin: frozenset[int] = frozenset()) -> Source:
     """Truth values: true with a chance, and both true with another."""
-    return Source(shape, mean, settled(second, shape), Quantile.of_chance(float(mean.mean())), kin)
+    return Source(shape, mean, settled(second, shape), Quantile.of_chance(float(mean.mean())), kin, truth=True)
 
 
 def unchanged(op: Op, args: list[Value]) -> Value | None:
@@ -190,14 +190,23 @@ def _matched(value: Value, args: list[Value], whole_ones: list[bool], shape: tup
 
 
 def with_picked(terms: list[Term]) -> list[Term]:
-    """A value times the one-hot vector of its largest entry is that vector times the largest, which is independent."""
+    """Products of which the factors say more together than apart.
+
+    A value times the one-hot vector of its largest entry is that vector times the largest, which is independent; a
+    truth value times the number of those up to it is that value times one more than the number of those before.
+    """
     found = []
     for c, factors in terms:
+        parts = [(c, factors)]
         for s in factors:
             if s.picks is not None and s.picks[0].shape == s.shape and factors.get(s.picks[0]) is X:
-                factors = {k: f for k, f in factors.items() if k is not s.picks[0]} | {s.picks[1]: X}
+                parts = [(c, {k: f for k, f in factors.items() if k is not s.picks[0]} | {s.picks[1]: X})]
                 break
-        found.append((c, factors))
+            if s.counts is not None and factors[s] is X and factors.get(s.counts[0]) is X:
+                rest = {k: f for k, f in factors.items() if k is not s}
+                parts = [(c, rest), (c, rest | {s.counts[1]: X})]
+                break
+        found += parts
     return found
 
 
