@@ -125,7 +125,8 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
         if value.unknown:
             notes = {value.unknown}
         else:
-            forward = _forward(value, channels[tap.value])
+            with np.errstate(all="ignore"):
+                forward = _forward(value, channels[tap.value])
             if not math.isfinite(forward.second_moment):
                 forward, notes = None, {"unknown: its moments are not finite"}
             if forward is None:

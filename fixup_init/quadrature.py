@@ -519,7 +519,7 @@ def derivative(op: Op, args: Sequence[Formula], inner: Sequence[Formula], casts:
 # Elementwise operations; those whose derivative is zero wherever it is defined.
 FLAT = frozenset({
     p.eq_p, p.ne_p, p.lt_p, p.le_p, p.gt_p, p.ge_p, p.and_p, p.or_p, p.not_p, p.xor_p, p.is_finite_p, p.sign_p,
-    p.floor_p, p.ceil_p, p.round_p, p.stop_gradient_p,
+    p.floor_p, p.ceil_p, p.round_p, p.stop_gradient_p, p.eq_to_p, p.lt_to_p, p.le_to_p,
 })  # fmt: skip
 SMOOTH = frozenset({
     p.add_p, p.sub_p, p.mul_p, p.div_p, p.neg_p, p.convert_element_type_p, p.copy_p, p.select_n_p, p.name_p,

@@ -84,6 +84,14 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
     "rows read": lambda x: jnp.take(relu(x), INDEX, 0),
     "dynamic_update_slice": lambda x: lax.dynamic_update_slice(jnp.ones((12, 32)), relu(x), (3, 0)),
     "what it wrote": lambda x: lax.dynamic_update_slice(jnp.ones((12, 32)), relu(x), (3, 0))[3:11],
+    "logsumexp": lambda x: jax.nn.logsumexp(x, -1, keepdims=True),
+    "deviation of rows": lambda x: jnp.std(x, -1, keepdims=True),
+    "norm of rows": lambda x: jnp.linalg.norm(x, axis=-1, keepdims=True),
+    "product": lambda x: jnp.prod(1 + 0.1 * x, -1, keepdims=True),
+    "one of three": lambda x: lax.select_n(jnp.argmax(x[:, :3], -1)[:, None] * jnp.ones((8, 24), int), *[
+        k * x[:, 8:] for k in (1.0, 2.0, 3.0)
+    ]),
+    "diagonal": lambda x: jnp.diagonal(x[:8, :8])[None],
     "tile": lambda x: jnp.tile(relu(x), (2, 3)),
     "pmean over a vmap": lambda x: jax.vmap(lambda r: lax.pmean(relu(r), "b"), axis_name="b")(x),
     "cond": lambda x: lax.cond(x[0, 0] > 0.5, lambda y: 3 * y + 1, lambda y: y, x[1:]),
@@ -104,10 +112,17 @@ SLOW = {
     "sort of columns", "mean of sorted rows", "where top_k is", "one-hot of argmin, equal rows", "argmax", "all",
     "reverse cumsum of rows", "cummin of columns", "segment_sum", "counts", "columns set", "what it wrote", "fft2",
     "low frequencies", "complex exponential", "rows put in another order", "any", "switch", "last of cumsum",
-    "lower half of sorted", "sum of top_k", "fft, imaginary part", "block set", "cumprod",
+    "lower half of sorted", "sum of top_k", "fft, imaginary part", "block set", "cumprod", "logsumexp",
+    "deviation of rows", "norm of rows", "product", "one of three", "diagonal", "cummax", "rows read", "rows set",
+    "complex quotient", "sort of rectified", "dynamic_update_slice",
 }  # fmt: skip
 # By name: how far the forward second moment may be, and the mean square of the gradient, where that is more than 3 %.
-FAR: dict[str, tuple[float, float]] = {}
+# What a value is compared with, or divided by, is taken as independent of it, and as many ways as lead back are added.
+FAR: dict[str, tuple[float, float]] = {
+    "logsumexp": (0.04, 2.6),
+    "deviation of rows": (0.03, 0.25),
+    "norm of rows": (0.03, 0.08),
+}
 
 
 @functools.cache

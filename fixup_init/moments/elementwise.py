@@ -20,6 +20,7 @@ from scipy import special
 from fixup_init import jaxprs, quadrature
 from fixup_init.jaxprs import Op, p
 from fixup_init.moments import whole_numbers
+from fixup_init.moments.combining import combined, complement
 from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.lattice import same, settled
 from fixup_init.moments.polynomials import DEPENDENT, are_dependent, merged, scaled, times
@@ -281,7 +282,7 @@ def _selected(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
     """p a + (1 - p) b, for a truth value p of its own."""
     which, *cases = args
     if len(cases) != 2:
-        raise NoRule("no rule for `select_n` among more than two")
+        return _one_of(which, cases, shape)
     rank = len(shape)
     if which.array is not None and which.array.size > 1:
         for k, case in enumerate(cases):
@@ -300,6 +301,25 @@ def _selected(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
     if are_dependent(terms):
         result.notes |= {DEPENDENT}
     return result
+
+
+def _one_of(which: Value, cases: Sequence[Value], shape: tuple[int, ...]) -> Value:
+    """One of several, case k where none before it was with the chance p_k / (p_k + p_k+1 + ...)."""
+    found = whole_numbers.whole(which)
+    if found is None:
+        raise NoRule("no rule for `select_n` by such numbers")
+    rank, shares = len(shape), found.up_to(len(cases))
+    rest, left = unit(rank), float(shares.sum())
+    parts: list[tuple[Value, list[Term]]] = []
+    for k, case in enumerate(cases):
+        share = float(shares[k] / left) if left > 1e-12 else 0.0
+        here = unit(rank)
+        if k < len(cases) - 1:
+            second = found.rho * share + (1 - found.rho) * share**2
+            here = function_of(whole_numbers.chosen(shape, np.full((1,) * rank, share), np.maximum(second, 0.0)))
+        parts.append((case, times(rest, here)))
+        rest, left = times(rest, complement(here, rank)), left - float(shares[k])
+    return combined(shape, parts)
 
 
 def _of_operation(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...]) -> Value:

@@ -96,7 +96,7 @@ class Interpreter(Environment):
                 results = handler(op) if handler is not None else self.apply(op)
         except NoRule as none:
             results = [unknown(self.program.shape(v), f"unknown: {none}") for v in op.outputs]
-        except (ValueError, IndexError, TypeError, KeyError, AssertionError, np.linalg.LinAlgError) as error:
+        except (ValueError, IndexError, TypeError, KeyError, AssertionError, ArithmeticError) as error:
             if self.strict:
                 raise
             del error  # a form of the operation that its rule does not foresee
@@ -126,6 +126,8 @@ class Interpreter(Environment):
         primitive: Any = op.primitive
         if (drawn := random_bits.drawn(op, shapes)) is not None:
             return drawn
+        if jaxprs.is_platform(primitive):  # arms that compute the same, each for its own platform
+            return [known((), np.zeros((), np.int32))]
         if primitive is p.iota_p and not op.inputs:
             return [_iota(op, shapes[0])]
         if args and all(a.array is not None for a in args):

@@ -17,7 +17,7 @@ from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment
 from fixup_init.moments.lattice import Lattice, of_pairs, parted, settled
 from fixup_init.moments.places import places_of
-from fixup_init.moments.polynomials import kin_of, moments_of
+from fixup_init.moments.polynomials import DEPENDENT, kin_of, moments_of
 from fixup_init.moments.reshaping import reshaped
 from fixup_init.moments.values import Source, Value
 from fixup_init.moments.whole_numbers import Whole, whole
@@ -70,7 +70,7 @@ def look_up(env: Environment, op: Op, table: Value, indices: Value) -> Value | N
         turn = [int(k) for k in np.argsort([axis, *windows])]
         return settled(l.transpose(*turn, *(table.rank + a for a in turn)), table.shape)
 
-    return env.made(source, [(table, back)])
+    return env.made(source, [(table, back)], {DEPENDENT} if kin_of(table.terms) & kin_of(indices.terms) else ())
 
 
 def _certain(found: Whole, n: int) -> np.ndarray:

@@ -15,13 +15,14 @@ from scipy import special
 
 from fixup_init import quadrature
 from fixup_init.jaxprs import Op, p
-from fixup_init.moments.distributions import distribution, drawn_at, draws
+from fixup_init.moments.distributions import distribution, drawn_at, draws, of_positive_sum
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import Lattice, Profile, repeated, same, settled, total
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.values import Source, Value, sole_source
 from fixup_init.quadrature import Quantile
 
+PRODUCT = "approximate: a product of entries that are taken as independent"
 POOLED = "approximate: the largest of some entries, taken as equally correlated"
 
 
@@ -32,12 +33,14 @@ def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
     before, shape = value.shape, env.program.shape(op.outputs[0])
     mean, second = moments_of(value)
     n = math.prod(before[a] for a in axes)
-    quantile = None if n >= 8 else _exclusive(value, axes, second, n) or distribution(value.terms)
-    source = Source(
-        shape, n * mean.mean(axes), settled(total(second, axes, before), shape), quantile, kin_of(value.terms)
-    )
-    if (whole := sole_source(value.terms)) is not None:
-        source.sum_of = whole, axes, tuple(a for a in range(len(before)) if a not in axes)
+    whole, line = settled(total(second, axes, before), shape), n * mean.mean(axes)
+    if n >= 8:
+        quantile = of_positive_sum(value.terms, line, same(whole, len(shape)))
+    else:
+        quantile = _exclusive(value, axes, second, n) or distribution(value.terms)
+    source = Source(shape, line, whole, quantile, kin_of(value.terms))
+    if (summed := sole_source(value.terms)) is not None:
+        source.sum_of = summed, axes, tuple(a for a in range(len(before)) if a not in axes)
 
     def back(l: Lattice) -> Lattice:
         rank = len(shape)
@@ -94,6 +97,32 @@ def reduce_max(env: Environment, op: Op, args: list[Value]) -> Value:
     return env.made(source, [(value, back)], {POOLED} if n > 1 else ())
 
 
+def reduce_prod(env: Environment, op: Op, args: list[Value]) -> Value:
+    """Of independent entries: every second moment of one entry, in the same and in other rows, to the power n."""
+    value, axes = args[0], tuple(sorted(op.params["axes"]))
+    before, shape = value.shape, env.program.shape(op.outputs[0])
+    rank, n = value.rank, math.prod(before[a] for a in axes)
+    mean, second = moments_of(value)
+    flat = tuple(rank - len(axes) + a for a in axes)
+    near = second[tuple(0 if a in axes else slice(None) for a in range(rank))].mean(flat)
+    centre = float(np.square(mean).mean())
+    source = Source(shape, mean.mean(axes) ** n, settled(near**n, shape), None, kin_of(value.terms))
+
+    def back(l: Lattice) -> Lattice:
+        """The slope is the product of the others; of two entries they have n - 2 factors in common."""
+        one, other = l * near ** (n - 1), l * near ** (n - 2) * centre
+        k = len(shape)
+        for a in axes:
+            one, other = repeated(one, a, k), repeated(other, a, k)
+            k += 1
+        inside = tuple(0 if a in axes else slice(None) for a in range(rank))
+        other = np.broadcast_to(other, np.broadcast_shapes(one.shape, other.shape)).copy()
+        other[inside] = one[inside]
+        return settled(other, before)
+
+    return env.made(source, [(value, back)], {PRODUCT} if n > 1 else ())
+
+
 def largest(
     value: Value, shape: tuple[int, ...], mean: Profile, one: Lattice, other: Lattice, n: float,
     sign: float = 1.0, shared: Lattice | None = None,
@@ -145,5 +174,6 @@ RULES: dict[Any, Rule] = {
     p.reduce_min_p: reduce_max,
     p.reduce_or_p: reduce_max,
     p.reduce_and_p: reduce_max,
+    p.reduce_prod_p: reduce_prod,
     p.psum_p: psum,
 }

@@ -19,6 +19,7 @@ from fixup_init.moments.distributions import SAMPLES, drawn_at, draws
 from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.lattice import PROFILE, Lattice, settled
 from fixup_init.moments.polynomials import DEPENDENT, kin_of, merged, moments_of, scaled
+from fixup_init.moments.random_bits import equally_likely
 from fixup_init.moments.values import Source, Term, Value, known, of_source, sole_source, unit
 from fixup_init.quadrature import Quantile, X
 
@@ -105,6 +106,8 @@ def chosen(shape: tuple[int, ...], mean: np.ndarray, second: Lattice, kin: froze
 
 def unchanged(op: Op, args: list[Value]) -> Value | None:
     """Equally likely whole numbers that a bound does not reach, as clipped indices are."""
+    if op.primitive is p.rem_p and args[0].rows and args[1].number == args[0].rows:
+        return equally_likely(args[0].shape, args[0].rows)  # a sum of such numbers, as `jax.random.randint` makes it
     if op.primitive is p.clamp_p:
         low, value, high = args
         bounds = low.number, high.number
