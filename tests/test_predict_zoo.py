@@ -25,10 +25,7 @@ ABSTRACT = (
     "haiku-transformer", "haiku-lstm", "haiku-gru", "equinox-transformer", "equinox-scan", "equinox-gru",
     "nnx-transformer",
 )  # fmt: skip
-QUICK = (
-    "layer-drop", "switched", "gin", "gat", "mixtral", "ragged-experts", "mesh-graph-net", "haiku-vqvae", "equinox-gru",
-    "resnet20-v1",
-)  # fmt: skip
+QUICK = ("layer-drop", "switched", "gin", "gat", "mixtral", "ragged-experts", "haiku-vqvae")
 
 
 def planned(case: Case, model: Any) -> fi.Plan:
