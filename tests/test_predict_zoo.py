@@ -18,7 +18,6 @@ CASES = {case.name: case for case in (*ZOO, *FAMILIES)}
 UNKNOWN: dict[str, set[str]] = {
     "gat": {"an exponential inside of a softmax"},
     "rwkv": {"its moments are not finite", "a rule was not found on the way"},
-    "tcn": {"its moments are not finite", "a rule was not found on the way"},
 }
 # Models whose tables are only shapes: a scheme that leaves these to the model's own initializers cannot know them.
 ABSTRACT = (
