@@ -82,8 +82,8 @@ _FAR = (-6e4, -1e4, 1e4, 6e4)  # numbers of every dtype
 
 def _limits(graph: Graph, nonlinearity: Nonlinearity, formula: list[Op]) -> tuple[float, float] | None:
     source, dtype = graph.value(nonlinearity.source), graph.program.dtype
-    if not jnp.issubdtype(dtype(source), jnp.floating):
-        return None
+    if not all(jnp.issubdtype(dtype(v), jnp.floating) for v in (source, graph.value(nonlinearity.node))):
+        return None  # whole numbers, or complex ones
     env: dict[int, Any] = {source: jnp.asarray(_FAR, dtype(source))}
     for op in formula:
         args = [env[v] if v in env else jnp.full(len(_FAR), graph.literal(v) or 0.0, dtype(v)) for v in op.inputs]

@@ -28,7 +28,7 @@ from jax.extend.core import primitives as p
 
 __all__ = [
     "Arm", "Body", "Loop", "Marker", "Op", "Program", "UnknownPrimitiveError", "bind", "collectives", "evaluate",
-    "flatten", "is_cast", "is_ragged_dot", "jaxpr_of", "opaque",
+    "flatten", "is_cast", "is_platform", "is_ragged_dot", "jaxpr_of", "opaque",
 ]  # fmt: skip
 
 
@@ -437,6 +437,7 @@ class _Foreign:
     casts: tuple[Any, ...]  # inside one: marks a value as different on each device
     sums: tuple[Any, ...]  # inside one: a sum over devices
     ragged: tuple[Any, ...]  # products with one matrix for each group of rows
+    platform: tuple[Any, ...]  # the number of the platform that a program is compiled for
 
 
 @functools.cache
@@ -471,6 +472,9 @@ def _foreign() -> _Foreign:
     def ragged() -> Callable[[Any], Any]:
         return lambda x: jax.lax.ragged_dot(x[:, None], x[:, None, None], jnp.ones(1, jnp.int32))
 
+    def dependent() -> Callable[[Any], Any]:
+        return lambda x: jax.lax.platform_dependent(x, cpu=lambda y: y * 2.0, default=lambda y: y * 3.0)
+
     known = {p.mul_p, p.convert_element_type_p}
     shard, *casts = primitives(sharded(lambda x: x * 2.0)) or [None]
     sums = primitives(sharded(lambda x: jax.lax.psum(x, "i") * x))[1:]
@@ -481,6 +485,7 @@ def _foreign() -> _Foreign:
         casts=tuple(casts),
         sums=tuple(q for q in sums if q not in known and q not in casts),
         ragged=tuple(primitives(ragged)[-1:]),
+        platform=tuple(q for q in primitives(dependent) if q not in {*known, p.cond_p}),
     )
 
 
@@ -520,6 +525,11 @@ def is_cast(primitive: Any) -> bool:
 def is_ragged_dot(primitive: Any) -> bool:
     """Whether a primitive multiplies each group of rows by a matrix of its own (`jax.lax.ragged_dot`)."""
     return primitive in _foreign().ragged
+
+
+def is_platform(primitive: Any) -> bool:
+    """Whether a primitive tells which arm of `jax.lax.platform_dependent` is taken."""
+    return primitive in _foreign().platform
 
 
 def evaluate(program: Program, args: Sequence[Any]) -> list[Any]:

@@ -128,7 +128,8 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
             notes = {value.unknown}
         else:
             spread = spreads[node].deviation if node in spreads else math.nan
-            forward = dataclasses.replace(_forward(value, channels[tap.value]), spread=spread)
+            with np.errstate(all="ignore"):
+                forward = dataclasses.replace(_forward(value, channels[tap.value]), spread=spread)
             if not math.isfinite(forward.second_moment):
                 forward, notes = None, {"unknown: its moments are not finite"}
             if forward is None:
@@ -138,6 +139,10 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
             elif node is not None and node in cotangents:
                 cotangent = cotangents[node]
                 backward = _statistics(np.zeros(()), cotangent.lattice, node.shape, channels[tap.value])
+                other = next(iter(value.imaginary.slopes), None) if value.imaginary is not None else None
+                if other is not None and other in cotangents:
+                    part = _statistics(np.zeros(()), cotangents[other].lattice, other.shape, channels[tap.value])
+                    backward = _mean(backward, part)
                 backward = dataclasses.replace(backward, spread=cotangent.spread)
                 notes |= {note for note, share in cotangent.notes.items() if share > 0.5}
                 if not math.isfinite(backward.variance):
@@ -188,7 +193,15 @@ def _broken(traced: Traced, interpreter: Interpreter, starts: Sequence[int]) -> 
 
 def _forward(value: Value, channel: int) -> Statistics:
     mean, second = moments.moments_of(value)
-    return _statistics(mean, second, value.shape, channel)
+    found = _statistics(mean, second, value.shape, channel)
+    return found if value.imaginary is None else _mean(found, _forward(value.imaginary, channel))
+
+
+def _mean(one: Statistics, other: Statistics) -> Statistics:
+    """Of the real and the imaginary parts side by side."""
+    m = (one.mean + other.mean) / 2
+    q = (one.second_moment + other.second_moment) / 2
+    return Statistics(m, max(q - m * m, 0.0), (one.squared_channel_mean + other.squared_channel_mean) / 2)
 
 
 def _statistics(mean: np.ndarray, second: np.ndarray, shape: tuple[int, ...], channel: int) -> Statistics:
@@ -314,7 +327,8 @@ def _data(traced: Traced, rows: int) -> dict[int, Value]:
         if not isinstance(array, jax.ShapeDtypeStruct):
             found[v] = _given(np.asarray(array))
         elif jnp.issubdtype(array.dtype, jnp.complexfloating):
-            found[v] = moments.unknown(shape, "unknown: complex numbers")
+            parts = [moments.of_source(moments.gaussian(shape, 0.5)) for _ in range(2)]
+            found[v] = moments.of_parts(*parts)
         elif jnp.issubdtype(array.dtype, jnp.floating):
             found[v] = moments.of_source(moments.gaussian(shape, 1.0))
         elif array.dtype == jnp.bool_:
@@ -347,7 +361,7 @@ def _install(traced: Traced, interpreter: Interpreter) -> None:
     first = len(graph.inputs)
     for norm in traced.norms:
         ops = [program.ops[n - first] for n in sorted(norm.region) if n >= first]
-        if norm.form != "train" or not ops:
+        if norm.form != "train" or not ops or not moments.has_squares(ops):
             continue
         region = Normalization(norm.source, norm.axes, program.shape(norm.source), ops, program.shape)
         for op in ops:
@@ -365,6 +379,16 @@ def _install(traced: Traced, interpreter: Interpreter) -> None:
             return [moments.softmax_of(interpreter, interpreter.read(found.source), found.axes)]
 
         interpreter.instead[id(found.end)] = weights
+
+    for segments in moments.segment_softmaxes(program):
+        for op in segments.inside:
+            interpreter.instead.setdefault(id(op), inside)
+
+        def edges(op: Op, segments: moments.Segments = segments) -> list[Value]:
+            del op
+            return [moments.segment_softmax(interpreter, segments)]
+
+        interpreter.instead[id(segments.end)] = edges
 
 
 def _nonzero(program: jaxprs.Program, parameters: Mapping[int, Value]) -> list[np.ndarray]:

@@ -241,6 +241,25 @@ class Quantile:
         return Quantile(lambda at: np.interp(at, z, x), inverse, reach, float(x[first]) if atom else None)
 
     @staticmethod
+    @functools.lru_cache(4096)
+    def of_chance(p: float) -> Quantile | None:
+        """Of a truth value that is true with a chance; None where it is certain."""
+        if not 0 < p < 1:
+            return None
+        low, high, edge = -math.sqrt(p / (1 - p)), math.sqrt((1 - p) / p), float(special.ndtri(1 - p))
+
+        def inverse(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            at = np.full(np.shape(t), edge)
+            return at, at
+
+        return Quantile(lambda z: np.where(z < edge, low, high), inverse, max(-low, high), low)
+
+    @staticmethod
+    def positive(ratio: float) -> Quantile | None:
+        """Log-normal, of a positive value whose deviation is at most `ratio` of its mean; None where it is certain."""
+        return _lognormal(math.ceil(ratio * 1000) / 1000) if 0 < ratio < 1e6 else None
+
+    @staticmethod
     @functools.cache
     def uniform() -> Quantile:
         """The uniform distribution on [-sqrt(3), sqrt(3)]."""
@@ -267,6 +286,18 @@ class Quantile:
             return (np.clip(z, -9.0, 9.0),) * 2
 
         return Quantile(forward, inverse, float(forward(np.full((), _REACH))))
+
+
+@functools.lru_cache(4096)
+def _lognormal(ratio: float) -> Quantile:
+    variance = math.log1p(ratio**2)  # of the logarithm
+    sigma = math.sqrt(variance)
+
+    def inverse(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        at = (np.log(np.maximum(1 + ratio * t, 1e-300)) + variance / 2) / sigma
+        return at, at
+
+    return Quantile(lambda z: np.expm1(sigma * z - variance / 2) / ratio, inverse, math.expm1(_REACH * sigma) / ratio)
 
 
 @functools.cache
@@ -505,7 +536,7 @@ def derivative(op: Op, args: Sequence[Formula], inner: Sequence[Formula], casts:
 # Elementwise operations; those whose derivative is zero wherever it is defined.
 FLAT = frozenset({
     p.eq_p, p.ne_p, p.lt_p, p.le_p, p.gt_p, p.ge_p, p.and_p, p.or_p, p.not_p, p.xor_p, p.is_finite_p, p.sign_p,
-    p.floor_p, p.ceil_p, p.round_p, p.stop_gradient_p,
+    p.floor_p, p.ceil_p, p.round_p, p.stop_gradient_p, p.eq_to_p, p.lt_to_p, p.le_to_p,
 })  # fmt: skip
 SMOOTH = frozenset({
     p.add_p, p.sub_p, p.mul_p, p.div_p, p.neg_p, p.convert_element_type_p, p.copy_p, p.select_n_p, p.name_p,

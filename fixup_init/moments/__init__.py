@@ -20,16 +20,19 @@ References: Poole et al. 2016 (arXiv:1606.05340); Schoenholz et al. 2017 (arXiv:
 """
 
 from fixup_init.moments.backward import Cotangent, pull_back
+from fixup_init.moments.complex_numbers import of_parts
 from fixup_init.moments.interpreter import Interpreter
 from fixup_init.moments.lattice import settled, total
-from fixup_init.moments.norms import Normalization
+from fixup_init.moments.norms import Normalization, has_squares
 from fixup_init.moments.polynomials import moments_of
+from fixup_init.moments.segments import Segments, segment_softmax, segment_softmaxes
 from fixup_init.moments.softmax import INSIDE, Softmax, softmax_of, softmax_powers, softmax_square, softmaxes
 from fixup_init.moments.spread import Spread, of_values
 from fixup_init.moments.values import Node, Value, fixed, gaussian, known, of_source, ones, unknown
 
 __all__ = [
-    "INSIDE", "Cotangent", "Interpreter", "Node", "Normalization", "Softmax", "Spread", "Value", "fixed",
-    "gaussian", "known", "moments_of", "of_source", "of_values", "ones", "pull_back", "settled", "softmax_of",
-    "softmax_powers", "softmax_square", "softmaxes", "total", "unknown",
+    "INSIDE", "Cotangent", "Interpreter", "Node", "Normalization", "Segments", "Softmax", "Spread", "Value", "fixed",
+    "gaussian", "has_squares", "known", "moments_of", "of_parts", "of_source", "of_values", "ones", "pull_back",
+    "segment_softmax", "segment_softmaxes", "settled", "softmax_of", "softmax_powers", "softmax_square", "softmaxes",
+    "total", "unknown",
 ]  # fmt: skip

@@ -34,10 +34,10 @@ def dot(env: Environment, op: Op, args: list[Value]) -> Value:
             sizes[names[side][a]] = value.shape[a]
     out = [f"b{k}" for k in range(len(batch[0]))]
     out += [a for side in (0, 1) for a in names[side] if a[0] == "xy"[side]]
-    return _einsum(env, shape, (left, right), names, out, sizes, env.weights(op))
+    return einsum(env, shape, (left, right), names, out, sizes, env.weights(op))
 
 
-def _einsum(
+def einsum(
     env: Environment, shape: tuple[int, ...], args: tuple[Value, Value], names: Sequence[Sequence[Any]],
     out: Sequence[Any], sizes: Mapping[Any, int], weight: Sequence[bool],
 ) -> Value:  # fmt: skip

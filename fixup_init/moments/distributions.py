@@ -17,8 +17,13 @@ from fixup_init.quadrature import Quantile, X
 SAMPLES = 1 << 13  # points at which polynomials are evaluated
 
 
-def draws(sources: Sequence[Source]) -> dict[Source, np.ndarray]:
-    """Values of one entry of each source, at points that fill the cube evenly (Roberts 2018's R-sequence)."""
+def draws(sources: Sequence[Source], anywhere: bool = False) -> dict[Source, np.ndarray]:
+    """Values of one entry of each source, at points that fill the cube evenly (Roberts 2018's R-sequence).
+
+    Args:
+      sources: of which there is one entry each.
+      anywhere: whether how means differ from position to position is part of the spread.
+    """
     root = 2.0
     for _ in range(60):
         root = (1 + root) ** (1 / (len(sources) + 1))
@@ -29,7 +34,8 @@ def draws(sources: Sequence[Source]) -> dict[Source, np.ndarray]:
             u = (0.5 + np.arange(SAMPLES) * root ** -(k + 1)) % 1.0
         z = special.ndtri(np.clip(u, 0.25 / SAMPLES, 1 - 0.25 / SAMPLES))
         m = float(s.mean.mean())
-        v = max(float((same(s.second, len(s.shape)) - s.mean**2).mean()), 0.0)
+        centre = m**2 if anywhere else s.mean**2
+        v = max(float((same(s.second, len(s.shape)) - centre).mean()), 0.0)
         drawn[s] = m + math.sqrt(v) * z if s.quantile is None else s.quantile.values(m, math.sqrt(v), z)
     return drawn
 
@@ -57,6 +63,18 @@ def distribution(terms: Sequence[Term]) -> Quantile | None:
             return q
     x = drawn_at(terms, draws(sources))
     return Quantile.of_samples(x) if np.isfinite(x).all() else None
+
+
+def of_positive_sum(terms: Sequence[Term], mean: np.ndarray, square: np.ndarray) -> Quantile | None:
+    """The distribution of a sum of many values with these moments: log-normal where they are positive."""
+    if is_gaussian(terms):
+        return None
+    sources = sorted({s for _, f in terms for s in f}, key=lambda s: s.number)
+    x = drawn_at(terms, draws(sources))
+    if not np.isfinite(x).all() or x.min() < 0 or not (mean > 0).any():
+        return None
+    ratio = np.sqrt(np.maximum(square - mean**2, 0.0)) / np.maximum(mean, 1e-300)
+    return Quantile.positive(float(ratio[np.broadcast_to(mean > 0, ratio.shape)].max()))
 
 
 def mixture(parts: Sequence[tuple[Value, float, float]], sizes: Sequence[int]) -> Quantile | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,14 +19,17 @@ from scipy import special
 
 from fixup_init import jaxprs, quadrature
 from fixup_init.jaxprs import Op, p
+from fixup_init.moments import whole_numbers
+from fixup_init.moments.combining import combined, complement
 from fixup_init.moments.distributions import drawn_at, draws
 from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.lattice import same, settled
 from fixup_init.moments.polynomials import DEPENDENT, are_dependent, merged, scaled, second_of, times
 from fixup_init.moments.random_bits import of_bits
 from fixup_init.moments.rearranging import broadcasted
+from fixup_init.moments.shares import shares
 from fixup_init.moments.values import Node, Source, Term, Value, function_of, is_unit, known, unit
-from fixup_init.quadrature import FLAT, Formula, Quantile
+from fixup_init.quadrature import FLAT, Formula, Quantile, X
 
 _SAME = frozenset({
     p.copy_p, p.stop_gradient_p, p.name_p, jaxprs.IDENTITY, p.reduce_precision_p, p.sharding_constraint_p,
@@ -53,6 +56,13 @@ def elementwise(env: Environment, op: Op, args: list[Value]) -> Value:
     result: Value | None = None
     if any(a.bits for a in args):
         return of_bits(op, args)
+    if (found := whole_numbers.compared(env, op, args, shape)) is not None:
+        return found
+    if (found := whole_numbers.unchanged(op, args)) is not None:
+        return found
+    if primitive is p.select_n_p and (k := args[0].number) is not None:
+        case = args[1 + round(k)]
+        return dataclasses.replace(case, slopes=dict(case.slopes))
     if primitive in _SAME or (
         primitive is p.convert_element_type_p and not _cuts(env.program.dtype(op.inputs[0]), op.params["new_dtype"])
     ):
@@ -141,7 +151,7 @@ def _product(env: Environment, shape: tuple[int, ...], args: Sequence[Value]) ->
     left, right = args
     if len(left.terms) * len(right.terms) > _TERMS:
         env.collapse(left if len(left.terms) > len(right.terms) else right)
-    terms = times(left.terms, right.terms)
+    terms = whole_numbers.with_picked(times(left.terms, right.terms))
     slopes = _linear_slopes([(left, list(right.terms)), (right, list(left.terms))])
     result = _result(shape, terms, args, slopes)
     if any(len(f) > 1 for _, f in terms) and are_dependent(terms):
@@ -175,6 +185,8 @@ def _function(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
     if common is None:
         if op.primitive is p.select_n_p:
             return _selected(env, op, args, shape)
+        if (gate := _gate(args)) is not None:
+            return _gated(env, op, args, shape, gate)
         moving = [a for a in dict.fromkeys(args) if not a.is_constant]
         for a in moving:
             env.collapse(a)
@@ -182,7 +194,7 @@ def _function(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
         if common is None and op.primitive is p.div_p:
             return _quotient(env, op, args, shape)
         if common is None and len(moving) == 2 and len(args) == 2:
-            return _of_two(env, op, args, shape)
+            return _of_operation(env, op, args, shape)
         if common is None:
             raise NoRule(f"no rule for `{op.name}` of several values at once")
     casts = [env.program.dtype(v) for v in op.inputs]
@@ -213,6 +225,44 @@ def _check_finite(op: Op, terms: Sequence[Term], shape: tuple[int, ...]) -> None
         raise NoRule(f"`{op.name}` of a value that, as far as its distribution is known, reaches where it is infinite")
 
 
+def _gate(args: Sequence[Value]) -> Source | None:
+    """The truth value that the one argument which is no number has in all its terms."""
+    moving = [a for a in args if not a.is_constant]
+    if len(moving) != 1 or any(a.number is None for a in args if a.is_constant):
+        return None
+    held = [{s for s, f in factors.items() if s.truth and f is X} for _, factors in moving[0].terms]
+    shared = set.intersection(*held) if held else set()
+    return min(shared, key=lambda s: s.number) if shared else None
+
+
+def _gated(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...], gate: Source) -> Value:
+    """f(b y) = f(0) + b (f(y) - f(0)) for a truth value b, and the slope likewise."""
+    rank = len(shape)
+    k = next(k for k, a in enumerate(args) if not a.is_constant)
+    whole = args[k]
+    yes, no = function_of(gate), merged([*unit(rank), *scaled(function_of(gate), -1.0)])
+    stub = Node(-1, shape, [])
+    inner = [(c, {s: f for s, f in factors.items() if s is not gate}) for c, factors in whole.terms]
+    bare = Value(shape, merged(inner), {stub: unit(rank)} if whole.slopes else {})
+    casts = [env.program.dtype(v) for v in op.inputs]
+    numbers = [jnp.asarray(0.0 if j == k else a.number, d) for j, (a, d) in enumerate(zip(args, casts, strict=True))]
+    at_zero = float(np.asarray(jaxprs.bind(op, numbers)[0], np.float64))
+    there = _function(env, op, [*args[:k], bare, *args[k + 1 :]], shape)
+    if there.is_constant and there.array is not None:
+        there = dataclasses.replace(there, array=None)
+    terms = merged([*times(there.terms, yes), *scaled(no, at_zero)])
+    slopes: dict[Node, list[Term]] = {}
+    if stub in there.slopes and op.primitive not in FLAT:
+
+        def along(x: Any) -> Any:
+            return jaxprs.bind(op, [*numbers[:k], x, *numbers[k + 1 :]])[0]
+
+        flat = float(jax.jvp(along, (numbers[k],), (jnp.ones_like(numbers[k]),))[1])
+        slope = merged([*times(there.slopes[stub], yes), *scaled(no, flat)])
+        slopes = _linear_slopes([(whole, slope)])
+    return _result(shape, terms, [*args, there], slopes)
+
+
 def _by_rule(env: Environment, call: Op, result: Value) -> None:
     """Takes the derivative that a call has of its own, where that differs from its body's: relu at 0."""
     outer = [env.read(v) for v in call.inputs]
@@ -233,6 +283,8 @@ def _by_rule(env: Environment, call: Op, result: Value) -> None:
 def _quotient(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...]) -> Value:
     """A polynomial times 1 / b, for a function b of one source."""
     above, below = args
+    if (found := shares(env, shape, above, below)) is not None:
+        return found
     base = _common([below])
     if base is None:
         raise NoRule("no rule for `div` by a constant array")
@@ -254,7 +306,7 @@ def _selected(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
     """p a + (1 - p) b, for a truth value p of its own."""
     which, *cases = args
     if len(cases) != 2:
-        raise NoRule("no rule for `select_n` among more than two")
+        return _one_of(which, cases, shape)
     rank = len(shape)
     if which.array is not None and which.array.size > 1:
         for k, case in enumerate(cases):
@@ -275,14 +327,41 @@ def _selected(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
     return result
 
 
-def _of_two(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...]) -> Value:
-    """A function of two independent values, by their joint distribution."""
-    sources = [_common([a]) for a in args]
-    if any(s is None for s in sources):
+def _one_of(which: Value, cases: Sequence[Value], shape: tuple[int, ...]) -> Value:
+    """One of several, case k where none before it was with the chance p_k / (p_k + p_k+1 + ...)."""
+    found = whole_numbers.whole(which)
+    if found is None:
+        raise NoRule("no rule for `select_n` by such numbers")
+    rank, shares = len(shape), found.up_to(len(cases))
+    rest, left = unit(rank), float(shares.sum())
+    parts: list[tuple[Value, list[Term]]] = []
+    for k, case in enumerate(cases):
+        share = float(shares[k] / left) if left > 1e-12 else 0.0
+        here = unit(rank)
+        if k < len(cases) - 1:
+            second = found.rho * share + (1 - found.rho) * share**2
+            here = function_of(whole_numbers.chosen(shape, np.full((1,) * rank, share), np.maximum(second, 0.0)))
+        parts.append((case, times(rest, here)))
+        rest, left = times(rest, complement(here, rank)), left - float(shares[k])
+    return combined(shape, parts)
+
+
+def _of_operation(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...]) -> Value:
+    """An operation on two values."""
+    if any(_common([a]) is None for a in args):
         raise NoRule(f"no rule for `{op.name}` with a constant array")
+    casts = [env.program.dtype(v) for v in op.inputs]
+    return of_two(env, lambda *xs: jaxprs.bind(op, xs)[0], args, shape, casts, op.primitive in FLAT)
+
+
+def of_two(
+    env: Environment, function: Callable[..., Any], args: list[Value], shape: tuple[int, ...],
+    casts: Sequence[Any] = (jnp.float32, jnp.float32), is_flat: bool = False,
+) -> Value:  # fmt: skip
+    """A function of two independent values of one source each, by their joint distribution."""
+    sources = [_common([a]) for a in args]
     left, right = (s for s in sources if s is not None)
     rank = len(shape)
-    casts = [env.program.dtype(v) for v in op.inputs]
     z, w = np.polynomial.hermite_e.hermegauss(_GRID)
     w = w / w.sum()
     drawn, correlations = [], []
@@ -294,7 +373,7 @@ def _of_two(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...])
         correlations.append(quadrature.latent(s.quantile, rho))
     a, b = np.meshgrid(*drawn, indexing="ij")
     flat = [jnp.asarray(x.ravel(), d) for x, d in zip((a, b), casts, strict=True)]
-    f = np.asarray(jaxprs.bind(op, flat)[0], np.float64).reshape(a.shape)
+    f = np.asarray(function(*flat), np.float64).reshape(a.shape)
     basis = np.polynomial.hermite_e.hermevander(z, _ORDER) / np.sqrt(special.factorial(np.arange(_ORDER + 1)))
     c2 = np.square((basis * w[:, None]).T @ f @ (basis * w[:, None]))
     weight = np.outer(w, w)
@@ -307,11 +386,11 @@ def _of_two(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...])
         shape, np.full((1,) * rank, mean), settled(second, shape), quantile, left.relatives | right.relatives
     )
     parts = []
-    if op.primitive not in FLAT:
+    if not is_flat:
         for k, value in enumerate(args):
             one = [jnp.zeros(f.size, jnp.asarray(x).dtype) for x in flat]
             one[k] = one[k] + 1
-            d = np.asarray(jax.jvp(lambda *xs: jaxprs.bind(op, xs)[0], flat, one)[1], np.float64).reshape(f.shape)
+            d = np.asarray(jax.jvp(function, flat, one)[1], np.float64).reshape(f.shape)
             moment = float((weight * d * d).sum())
             parts.append((value, functools.partial(np.multiply, moment)))
     notes = {DEPENDENT} if left.relatives & right.relatives else set()

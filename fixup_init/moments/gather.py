@@ -16,13 +16,18 @@ from fixup_init.jaxprs import Op, p
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import Lattice, settled
-from fixup_init.moments.polynomials import kin_of, moments_of
+from fixup_init.moments.lookup import look_up
+from fixup_init.moments.polynomials import DEPENDENT, kin_of, moments_of
 from fixup_init.moments.values import Source, Value
+
+ANYWHERE = "approximate: entries that differ with their position are read from anywhere"
 
 
 def gather(env: Environment, op: Op, args: list[Value]) -> Value:
     """Rows of a table; `again` is how often two places read the same."""
     table, indices = args
+    if (found := look_up(env, op, table, indices)) is not None:
+        return found
     shape = env.program.shape(op.outputs[0])
     numbers, sizes = op.params["dimension_numbers"], op.params["slice_sizes"]
     offset = numbers.offset_dims
@@ -40,8 +45,10 @@ def gather(env: Environment, op: Op, args: list[Value]) -> Value:
     else:
         again = 1.0 / max(min(n, env.rows) if indices.rows else n, 1)
     mean, second = moments_of(table)
+    notes = {DEPENDENT} if kin_of(table.terms) & kin_of(indices.terms) else set()
     for a in range(table.rank):
         if second.shape[table.rank + a] > 1 and (a in gone or sizes[a] != table.shape[a]):
+            notes.add(ANYWHERE)
             second = second.mean(table.rank + a, keepdims=True)
             mean = mean.mean(a, keepdims=True)
     rank = len(shape)
@@ -91,7 +98,7 @@ def gather(env: Environment, op: Op, args: list[Value]) -> Value:
                 found[mask] = float(l[tuple(far)].ravel()[0]) * count * max(count - 1, 0) * share**2
         return settled(found, table.shape)
 
-    return env.made(source, [(table, back)])
+    return env.made(source, [(table, back)], notes)
 
 
 RULES: dict[Any, Rule] = {

@@ -11,19 +11,22 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fixup_init import jaxprs, quadrature
 from fixup_init.jaxprs import Op, Program, p
-from fixup_init.moments import random_bits
+from fixup_init.moments import complex_numbers, random_bits
 from fixup_init.moments.elementwise import elementwise
 from fixup_init.moments.environment import MOST, Environment, NoRule
-from fixup_init.moments.rules import RULES
+from fixup_init.moments.rules import RULES, rule_of
 from fixup_init.moments.values import Node, Value, known, unit, unknown
 
 # Operations that say the same of an array as of one that only repeats it.
 _PLAIN = frozenset({p.gather_p, p.slice_p, p.concatenate_p, p.transpose_p, p.reshape_p, p.squeeze_p})
+
+_COMPOSED: dict[Any, Program] = {}
 
 
 class Interpreter(Environment):
@@ -93,7 +96,7 @@ class Interpreter(Environment):
                 results = handler(op) if handler is not None else self.apply(op)
         except NoRule as none:
             results = [unknown(self.program.shape(v), f"unknown: {none}") for v in op.outputs]
-        except (ValueError, IndexError, TypeError, KeyError, AssertionError, np.linalg.LinAlgError) as error:
+        except (ValueError, IndexError, TypeError, KeyError, AssertionError, ArithmeticError) as error:
             if self.strict:
                 raise
             del error  # a form of the operation that its rule does not foresee
@@ -112,6 +115,8 @@ class Interpreter(Environment):
                     root = Node(next(self.nodes), value.shape, [], list(value.terms))
                     value.slopes = {root: unit(value.rank)}
                 node = None if value.unknown else self.node(value)
+                if value.imaginary is not None:
+                    self.node(value.imaginary)
                 self.tapped[v, self.at] = (node, dataclasses.replace(value, terms=list(value.terms)))
 
     def apply(self, op: Op) -> list[Value]:
@@ -121,17 +126,40 @@ class Interpreter(Environment):
         primitive: Any = op.primitive
         if (drawn := random_bits.drawn(op, shapes)) is not None:
             return drawn
+        if jaxprs.is_platform(primitive):  # arms that compute the same, each for its own platform
+            return [known((), np.zeros((), np.int32))]
         if primitive is p.iota_p and not op.inputs:
             return [_iota(op, shapes[0])]
         if args and all(a.array is not None for a in args):
             found = self.constants(op, args, shapes)
             if found is not None:
                 return found
-        rule = RULES.get(primitive)
+        if complex_numbers.concerns(self, op, args):
+            return complex_numbers.complex_operation(self, op, args, self.by_rule, self.composed)
+        return self.by_rule(op, args)
+
+    def composed(self, name: Any, function: Callable[..., Any], args: list[Value]) -> list[Value]:
+        """The results of a JAX function of real arrays; `name` says which it is."""
+        key = name, tuple(a.shape for a in args)
+        if key not in _COMPOSED:
+            closed, _ = jaxprs.jaxpr_of(function, *(jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in args))
+            _COMPOSED[key] = jaxprs.flatten(closed)
+        program = _COMPOSED[key]
+        inner = Interpreter(program, self.rows)
+        inner.nodes, inner.at, inner.strict = self.nodes, self.at, self.strict
+        inner.values.update(zip(program.inputs, args, strict=True))
+        inner.run(program.ops)
+        return [inner.read(v) for v in program.outputs]
+
+    def by_rule(self, op: Op, args: list[Value]) -> list[Value]:
+        """The results of an operation on real values."""
+        primitive: Any = op.primitive
+        shapes = [self.program.shape(v) for v in op.outputs]
+        rule = rule_of(primitive)
         if rule is None and quadrature.is_elementwise(primitive):
             rule = elementwise
-        bad = next((a for a in args if a.unknown), None)
-        if bad is not None:
+        bad = next((a for a in args if a.unknown), None) if primitive is not jaxprs.CHOOSE else args[-1]
+        if bad is not None and bad.unknown:
             return [unknown(s, bad.unknown) for s in shapes]
         if rule is None:
             raise NoRule(f"no rule for `{op.name}`")

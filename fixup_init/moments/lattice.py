@@ -38,6 +38,15 @@ def crossed(left: Profile, right: Profile) -> Lattice:
     return (np.broadcast_to(left, one.shape) * other + one * np.broadcast_to(right, other.shape)) / 2
 
 
+def of_pairs(profile: Profile, axis: int, weights: np.ndarray | None = None) -> float:
+    """The mean of x_i x_j over different positions along an axis, which have weights where some are given."""
+    line = profile.mean(tuple(a for a in range(profile.ndim) if a != axis))
+    w = np.ones(line.size) if weights is None else weights
+    product = float((w @ line) ** 2 - np.square(w) @ np.square(line))
+    pairs = float(w.sum() ** 2 - np.square(w).sum())
+    return product / pairs if pairs > 1e-12 else 0.0
+
+
 def same(lattice: Lattice, rank: int) -> Profile:
     """E x_i^2."""
     return lattice[(0,) * rank]

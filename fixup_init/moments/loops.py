@@ -1,4 +1,4 @@
-"""What goes into and out of scans, and conditionals."""
+"""What goes into and out of scans."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from fixup_init import jaxprs
 from fixup_init.jaxprs import Op
 from fixup_init.moments.distributions import distribution
-from fixup_init.moments.environment import Environment, NoRule, Rule
+from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import PROFILE, Lattice, joined, parted, profile_size, settled, spread
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.rearranging import Move, moved, reshaped_value
@@ -75,24 +75,8 @@ def stack_out(env: Environment, op: Op, args: list[Value]) -> Value:
     return env.made(source, [(a, functools.partial(back, k)) for k, a in enumerate(rows)])
 
 
-def choose(env: Environment, op: Op, args: list[Value]) -> Value:
-    """A conditional: the arm that is taken, or any of them where they are alike."""
-    *arms, index = args
-    if (k := index.number) is not None:
-        return arms[min(max(round(k), 0), len(arms) - 1)]
-    found = [moments_of(a) for a in arms]
-    first = found[0]
-    for m, l in found[1:]:
-        if not (np.allclose(m, first[0]) and np.allclose(l, first[1], rtol=1e-3)):
-            raise NoRule("no rule for a conditional (`cond`) whose arms differ")
-    return env.made(
-        Source(arms[0].shape, *first, distribution(arms[0].terms)), [(a, lambda l: l / len(arms)) for a in arms]
-    )
-
-
 RULES: dict[Any, Rule] = {
     jaxprs.CARRY_OUT: carry_out,
     jaxprs.SLICE_IN: slice_in,
     jaxprs.STACK_OUT: stack_out,
-    jaxprs.CHOOSE: choose,
 }

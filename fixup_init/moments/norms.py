@@ -26,6 +26,15 @@ FEW = "gradient approximate: a variance over few or dependent entries, near zero
 _FREEDOM = 5.0  # degrees of freedom of a variance; below, the mean of 1/s^2 has a variance that is not finite
 _SMALL = 1e-3  # of the second moment: a change that is left out, so that a source stays the one it was
 
+_SQUARING = frozenset({
+    p.mul_p, p.square_p, p.integer_pow_p, p.pow_p, p.sqrt_p, p.rsqrt_p, p.dot_general_p, p.reduce_max_p,
+})  # fmt: skip
+
+
+def has_squares(ops: Sequence[Op]) -> bool:
+    """Whether a normalization divides by a size; one by a plain sum gives shares, which have a rule of their own."""
+    return any(op.primitive in _SQUARING for op in ops)
+
 
 class Normalization:
     """Evaluates the region of a normalization: what it divides by is a number, and what it takes off a projection.

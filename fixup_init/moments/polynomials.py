@@ -40,7 +40,10 @@ def times(left: Sequence[Term], right: Sequence[Term]) -> list[Term]:
     for (c, f), (d, g) in itertools.product(left, right):
         both, scale = dict(f), c * d
         for s, h in g.items():
-            both[s] = quadrature.product(both[s], h) if s in both else h
+            if s not in both:
+                both[s] = h
+            elif not (s.truth and both[s] is X and h is X):
+                both[s] = quadrature.product(both[s], h)
         made.append((scale, both))
     return merged(made)
 

@@ -28,11 +28,20 @@ def drawn(op: Op, shapes: Sequence[tuple[int, ...]]) -> list[Value] | None:
     return None
 
 
+def equally_likely(shape: tuple[int, ...], n: int) -> Value:
+    """Equally likely whole numbers below n, as what is left of random bits."""
+    value = of_source(gaussian(shape, max((n * n - 1) / 12, 1e-12), (n - 1) / 2, Quantile.uniform()))
+    value.rows = n
+    return value
+
+
 def of_bits(op: Op, args: list[Value]) -> Value:
     """Random bits on their way to a uniform number in [1, 2), as JAX makes it."""
     a = next(a for a in args if a.bits)
     if op.primitive in (p.shift_right_logical_p, p.or_p, p.and_p, p.xor_p, p.convert_element_type_p):
         return dataclasses.replace(a, array=None)
+    if op.primitive is p.rem_p and args[0] is a and (n := args[1].number) is not None and n >= 1:
+        return equally_likely(a.shape, round(n))
     raise NoRule(f"no rule for `{op.name}` of random bits")
 
 

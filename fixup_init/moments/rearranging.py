@@ -15,9 +15,22 @@ import numpy as np
 from fixup_init import jaxprs
 from fixup_init.jaxprs import Op, p
 from fixup_init.moments.environment import MOST, Environment, Rule
-from fixup_init.moments.lattice import Lattice, Profile, diluted, repeated, settled, summed, total
+from fixup_init.moments.lattice import (
+    Lattice,
+    Profile,
+    diluted,
+    joined,
+    of_pairs,
+    parted,
+    repeated,
+    settled,
+    summed,
+    total,
+)
 from fixup_init.moments.reshaping import profile_reshaped, reshaped
 from fixup_init.moments.values import Node, Source, Value, Way, padded, unit
+
+_PLACED = 256  # entries of an axis along which a cotangent is held position by position, where a block was cut out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +43,7 @@ class Move:
     profile: Callable[[Profile], Profile]
     back: Callable[[Lattice], Lattice]
     where: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None  # for `sum_of`: where axes of the summed went
+    beside: Callable[[Lattice, Profile], Lattice] = lambda lattice, mean: lattice  # what the mean says of pairs
 
 
 def moved(env: Environment, value: Value, move: Move) -> Value:
@@ -37,8 +51,9 @@ def moved(env: Environment, value: Value, move: Move) -> Value:
 
     def image(source: Source) -> Source:
         if move.key not in source.images:
-            new = Source(move.shape, move.profile(source.mean), settled(move.lattice(source.second), move.shape),
-                         source.quantile, source.relatives)  # fmt: skip
+            second = settled(move.beside(move.lattice(source.second), source.mean), move.shape)
+            new = Source(move.shape, move.profile(source.mean), second, source.quantile, source.relatives)
+            new.picks = source.picks
             if source.sum_of is not None and move.where is not None:
                 whole, axes, where = source.sum_of
                 new.sum_of = whole, axes, move.where(where)
@@ -149,6 +164,15 @@ def broadcasted(env: Environment, value: Value, shape: tuple[int, ...], dims: tu
     return result
 
 
+def tile(env: Environment, op: Op, args: list[Value]) -> Value:
+    """Copies beside each other: a new axis in front of each that is repeated, merged with it."""
+    value, reps = args[0], op.params["reps"]
+    env.collapse(value)  # functions of pairs are averaged over which of them are copies, not the reverse
+    wide = [n for pair in zip(reps, value.shape, strict=True) for n in pair]
+    copies = broadcasted(env, value, tuple(wide), tuple(range(1, 2 * value.rank, 2)))
+    return reshaped_value(env, copies, env.program.shape(op.outputs[0]))
+
+
 def block(value: Value, key: Any, shape: tuple[int, ...], starts: Sequence[int | None]) -> Move:
     """A block of entries, at `starts` where these are known."""
     before, rank = value.shape, len(shape)
@@ -166,10 +190,28 @@ def block(value: Value, key: Any, shape: tuple[int, ...], starts: Sequence[int |
 
     def back(l: Lattice) -> Lattice:
         for a in cut:
-            l = diluted(l, a, shape[a], before[a])
+            start, n, held = starts[a], before[a], shape[a]
+            if start is None or n > _PLACED:
+                l = diluted(l, a, held, n)
+                continue
+            near, far = parted(l, a)  # the cotangent lies where the block was
+            near = np.repeat(near, held, rank + a) if near.shape[rank + a] == 1 else near
+            widths = [(start, n - held - start) if k == rank + a else (0, 0) for k in range(2 * rank)]
+            far = far.mean(rank + a, keepdims=True) * (held * (held - 1) / (n * max(n - 1, 1)))
+            l = joined(np.pad(near, widths), far, a)
         return l
 
-    return Move(key, shape, lambda l: profile(l, rank), profile, back, lambda axes: axes)
+    def beside(l: Lattice, mean: Profile) -> Lattice:
+        """Different entries of the block have the product of their own means, not that of all."""
+        for a in cut:
+            start = starts[a]
+            if mean.shape[a] > 1 and start is not None:
+                near, far = parted(l, a)
+                inside = np.take(mean, range(start, start + shape[a]), a)
+                l = joined(near, far + of_pairs(inside, a) - of_pairs(mean, a), a)
+        return l
+
+    return Move(key, shape, lambda l: profile(l, rank), profile, back, lambda axes: axes, beside)
 
 
 def reverse(env: Environment, op: Op, args: list[Value]) -> Value:
@@ -213,4 +255,5 @@ RULES: dict[Any, Rule] = {
     p.dynamic_slice_p: slice_,
     p.rev_p: reverse,
     jaxprs.SPLIT: split,
+    jaxprs.TILE: tile,
 }

@@ -1,11 +1,12 @@
 """Sums and extremes over axes.
 
 A sum becomes a source that remembers what it is the sum of. The largest of n equally correlated entries is that of n
-independent ones, behind what they have in common.
+independent ones, behind what they have in common. Of truth values, any is the largest and all the smallest.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,13 +16,14 @@ from scipy import special
 
 from fixup_init import quadrature
 from fixup_init.jaxprs import Op, p
-from fixup_init.moments.distributions import distribution, drawn_at, draws
-from fixup_init.moments.environment import Environment, Rule
+from fixup_init.moments.distributions import distribution, drawn_at, draws, of_positive_sum
+from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import Lattice, Profile, repeated, same, settled, total
 from fixup_init.moments.polynomials import is_linear, kin_of, moments_of
 from fixup_init.moments.values import Source, Value, padded, sole_source
 from fixup_init.quadrature import Quantile
 
+PRODUCT = "approximate: a product of entries that are taken as independent"
 POOLED = "approximate: the largest of some entries, taken as equally correlated"
 
 _FAR = 10.0  # standard deviations that expectations reach
@@ -34,11 +36,14 @@ def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
     before, shape = value.shape, env.program.shape(op.outputs[0])
     mean, second = moments_of(value)
     n = math.prod(before[a] for a in axes)
-    summed, squares = n * mean.mean(axes), settled(total(second, axes, before), shape)
-    quantile = positive(value, summed, squares) if n >= 8 else distribution(value.terms)
-    source = Source(shape, summed, squares, quantile, kin_of(value.terms))
-    if (whole := sole_source(value.terms)) is not None:
-        source.sum_of = whole, axes, tuple(a for a in range(len(before)) if a not in axes)
+    whole, line = settled(total(second, axes, before), shape), n * mean.mean(axes)
+    if n >= 8:
+        quantile = of_positive_sum(value.terms, line, same(whole, len(shape)))
+    else:
+        quantile = _exclusive(value, axes, second, n) or distribution(value.terms)
+    source = Source(shape, line, whole, quantile, kin_of(value.terms))
+    if (summed := sole_source(value.terms)) is not None:
+        source.sum_of = summed, axes, tuple(a for a in range(len(before)) if a not in axes)
 
     def back(l: Lattice) -> Lattice:
         rank = len(shape)
@@ -50,23 +55,34 @@ def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
     return env.made(source, [(value, back)])
 
 
-def positive(value: Value, mean: Profile, second: Lattice) -> Quantile | None:
-    """The distribution of a sum of entries that are never negative, where a Gaussian would reach below zero."""
-    if is_linear(value.terms) or value.is_constant or not mean.min() > 0:
+def _exclusive(value: Value, axes: tuple[int, ...], second: Lattice, n: int) -> Quantile | None:
+    """The distribution of a sum of which at most one entry is not zero, as of a value times a one-hot vector."""
+    flat = second.mean(tuple(range(value.rank, 2 * value.rank)))
+    apart = tuple(1 if a in axes else 0 for a in range(value.rank))
+    if n == 1 or not flat[(0,) * value.rank] > 0 or abs(flat[apart]) > 1e-12 * flat[(0,) * value.rank]:
         return None
-    m = float(mean.mean())
-    variance = float(same(second, mean.ndim).mean()) - m * m
-    if not variance > m * m / _FAR**2:
+    sources = sorted({s for _, f in value.terms for s in f}, key=lambda s: s.number)
+    x = drawn_at(value.terms, draws(sources, anywhere=True)) if sources else np.zeros(1)
+    here = x[x != 0]
+    if not here.size or not np.isfinite(here).all():
         return None
-    drawn = drawn_at(value.terms, draws(sorted({s for _, f in value.terms for s in f}, key=lambda s: s.number)))
-    return Quantile.gamma(m * m / variance) if drawn.min() >= 0 else None
+    weights = np.append(np.full(here.size, n / x.size), max(1 - n * here.size / x.size, 0.0))
+    return Quantile.of_samples(np.append(here, 0.0), weights)
+
+
+def psum(env: Environment, op: Op, args: list[Value]) -> list[Value]:
+    """A sum over an axis that `vmap` named; over devices there is no rule."""
+    axes = op.params["axes"]
+    if op.params.get("axis_index_groups") is not None or not all(isinstance(a, int) for a in axes):
+        raise NoRule(f"no rule for `{op.name}` over devices or groups")
+    return [reduce_sum(env, dataclasses.replace(op, outputs=(v,)), [a]) for v, a in zip(op.outputs, args, strict=True)]
 
 
 def reduce_max(env: Environment, op: Op, args: list[Value]) -> Value:
     """The largest or smallest over axes; the cotangent reaches that entry alone."""
     value, axes = args[0], tuple(sorted(op.params["axes"]))
     before, shape = value.shape, env.program.shape(op.outputs[0])
-    sign = 1.0 if op.primitive is p.reduce_max_p else -1.0
+    sign = 1.0 if op.primitive in (p.reduce_max_p, p.reduce_or_p) else -1.0
     n = math.prod(before[a] for a in axes)
     mean, second = moments_of(value)
     flat = tuple(value.rank - len(axes) + a for a in axes)
@@ -101,6 +117,32 @@ def _seen(value: Value, axes: Sequence[int], n: int) -> tuple[np.ndarray, np.nda
     sizes, times = np.unique(np.maximum(seen.sum(tuple(axes)), 1), return_counts=True)
     few = np.unique(np.linspace(0, len(sizes) - 1, 32).round().astype(int))
     return sizes[few], times[few]
+
+
+def reduce_prod(env: Environment, op: Op, args: list[Value]) -> Value:
+    """Of independent entries: every second moment of one entry, in the same and in other rows, to the power n."""
+    value, axes = args[0], tuple(sorted(op.params["axes"]))
+    before, shape = value.shape, env.program.shape(op.outputs[0])
+    rank, n = value.rank, math.prod(before[a] for a in axes)
+    mean, second = moments_of(value)
+    flat = tuple(rank - len(axes) + a for a in axes)
+    near = second[tuple(0 if a in axes else slice(None) for a in range(rank))].mean(flat)
+    centre = float(np.square(mean).mean())
+    source = Source(shape, mean.mean(axes) ** n, settled(near**n, shape), None, kin_of(value.terms))
+
+    def back(l: Lattice) -> Lattice:
+        """The slope is the product of the others; of two entries they have n - 2 factors in common."""
+        one, other = l * near ** (n - 1), l * near ** (n - 2) * centre
+        k = len(shape)
+        for a in axes:
+            one, other = repeated(one, a, k), repeated(other, a, k)
+            k += 1
+        inside = tuple(0 if a in axes else slice(None) for a in range(rank))
+        other = np.broadcast_to(other, np.broadcast_shapes(one.shape, other.shape)).copy()
+        other[inside] = one[inside]
+        return settled(other, before)
+
+    return env.made(source, [(value, back)], {PRODUCT} if n > 1 else ())
 
 
 def largest(
@@ -152,4 +194,8 @@ RULES: dict[Any, Rule] = {
     p.reduce_sum_p: reduce_sum,
     p.reduce_max_p: reduce_max,
     p.reduce_min_p: reduce_max,
+    p.reduce_or_p: reduce_max,
+    p.reduce_and_p: reduce_max,
+    p.reduce_prod_p: reduce_prod,
+    p.psum_p: psum,
 }

@@ -120,13 +120,13 @@ def _split_axis(lattice: Lattice, axis: int, sizes: Sequence[int], rank: int) ->
     split = list(sizes) if shape[at] > 1 else [1] * n
 
     def cut(x: Lattice) -> Lattice:
-        return x.reshape(*shape[:at], *split, *shape[at + 1 :])
+        return x.reshape((*shape[:at], *split, *shape[at + 1 :]))
 
     parts = np.empty((2,) * n, object)
     for mask in itertools.product((0, 1), repeat=n):
         parts[mask] = cut(one) if not any(mask) else cut(other)
     stacked = np.stack([parts[m] for m in itertools.product((0, 1), repeat=n)], axis)
-    full = stacked.reshape(*stacked.shape[:axis], *((2,) * n), *stacked.shape[axis + 1 :])
+    full = stacked.reshape((*stacked.shape[:axis], *((2,) * n), *stacked.shape[axis + 1 :]))
     return full, rank - 1 + n
 
 

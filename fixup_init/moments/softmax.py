@@ -22,6 +22,7 @@ from fixup_init.moments.environment import Environment
 from fixup_init.moments.lattice import PROFILE, Lattice, settled
 from fixup_init.moments.polynomials import kin_of, second_of
 from fixup_init.moments.values import Source, Value, padded, unknown
+from fixup_init.quadrature import Quantile
 
 INSIDE = "an exponential inside of a softmax"
 TOKENS = (
@@ -44,7 +45,7 @@ class Softmax:
     end: Op
 
 
-_PASSED = frozenset({
+PASSED = frozenset({
     p.broadcast_in_dim_p, p.reshape_p, p.convert_element_type_p, p.squeeze_p, p.copy_p, p.stop_gradient_p,
     jaxprs.IDENTITY,
 })  # fmt: skip
@@ -54,7 +55,7 @@ def softmaxes(program: Program) -> list[Softmax]:
     """Every softmax of a program."""
     maker = {v: op for op in program.ops for v in op.outputs}
 
-    def back(value: int, passed: frozenset[Any] = _PASSED) -> tuple[int, Op | None]:
+    def back(value: int, passed: frozenset[Any] = PASSED) -> tuple[int, Op | None]:
         while (op := maker.get(value)) is not None and op.primitive in passed:
             value = op.inputs[0]
         return value, op
@@ -178,7 +179,8 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
     for mask in itertools.product((0, 1), repeat=rank):  # several key axes: any of them
         if beyond(mask):
             made[mask] = made[with_keys(mask)]
-    source = Source(shape, np.full((1,) * rank, 1.0 / n), settled(made, shape), None, kin_of(value.terms))
+    quantile = Quantile.positive(math.sqrt(max(n * s2 - 1, 0.0)))  # weights are not negative
+    source = Source(shape, np.full((1,) * rank, 1.0 / n), settled(made, shape), quantile, kin_of(value.terms))
 
     def back(l: Lattice) -> Lattice:
         l = l.mean(tuple(range(rank, 2 * rank)), keepdims=True)

@@ -29,6 +29,9 @@ class Source:
     quantile: Quantile | None = None
     kin: frozenset[int] = frozenset()  # sources that it is made of, but for random weights in between
     sum_of: tuple[Source, tuple[int, ...], tuple[int, ...]] | None = None  # source, axes summed, where others went
+    picks: tuple[Source, Source, int] | None = None  # where it says which is largest: of what, that one, the axis
+    truth: bool = False  # whether it is 0 or 1, so that its square is itself
+    counts: tuple[Source, Source] | None = None  # of a cumulative sum: of what, and the sum without the last one
     number: int = dataclasses.field(default_factory=lambda: next(numbers))
     images: dict[Any, Source] = dataclasses.field(default_factory=dict)
     expectations: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -96,6 +99,7 @@ class Value:
     visible: np.ndarray | None = None  # truth values that broadcast to it: False where a softmax shall give 0
     rows: int = 0  # of whole numbers below this that are equally likely
     bits: bool = False  # random bits
+    imaginary: Value | None = None  # part of a complex value, whose real part this is
 
     @property
     def rank(self) -> int:
@@ -155,11 +159,14 @@ def known(shape: Sequence[int], array: Any, profile: bool = False) -> Value:
     x = np.asarray(array)
     if x.ndim != len(shape):
         x = x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
-    if x.dtype == object or np.iscomplexobj(x):
-        return unknown(shape, "unknown: complex numbers")
+    if x.dtype == object:
+        return unknown(shape, "unknown: a constant that holds no numbers")
     for a in range(x.ndim):
         if x.shape[a] > 1 and (x == np.take(x, [0], a)).all():
             x = np.take(x, [0], a)
+    if np.iscomplexobj(x):
+        value = known(shape, np.real(x), profile)
+        return dataclasses.replace(value, array=x, imaginary=known(shape, np.imag(x), profile))
     value = Value(shape, array=x)
     wide = x.astype(np.float64)
     if x.size == 1:
