@@ -110,7 +110,8 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
     interpreter.run(program.ops)
     spreads = moments.of_values(node for node, _ in interpreter.tapped.values() if node is not None)
     cotangents = _backward(interpreter, starts, spreads)
-    broken = _broken(traced, interpreter, starts)
+    before = ancestors(graph, [graph.node_of[v] for v in starts]) or set()
+    broken = _broken(traced, interpreter, before)
     channels = _channels(graph, tapped)
     rows: list[Row] = []
     sums = 0
@@ -148,7 +149,7 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
                 if not math.isfinite(backward.variance):
                     backward = None
                     notes.add("backward unknown: a rule was not found on the way")
-            elif node is not None:  # no way leads here, or one that is zero
+            elif graph.node_of[tap.value] in before:  # a way that is zero
                 backward = Statistics(0.0, 0.0, 0.0)
         rows.append(
             Row(
@@ -176,10 +177,9 @@ def _backward(
     return moments.pull_back(found, spreads=spreads)
 
 
-def _broken(traced: Traced, interpreter: Interpreter, starts: Sequence[int]) -> dict[int, str]:
+def _broken(traced: Traced, interpreter: Interpreter, before: set[int]) -> dict[int, str]:
     """Nodes from which a value that is not known leads to where the backward pass starts, and why it is not."""
     graph = traced.graph
-    before = ancestors(graph, [graph.node_of[v] for v in starts]) or set()
     found: dict[int, str] = {}
     for v, node in graph.node_of.items():
         value = interpreter.values.get(v)

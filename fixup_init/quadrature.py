@@ -270,23 +270,6 @@ class Quantile:
             math.sqrt(3.0),
         )
 
-    @staticmethod
-    def gamma(shape: float) -> Quantile:
-        """The Gamma distribution of this shape, from 0 on: that of a sum of squares, nearly."""
-        root = math.sqrt(shape)
-
-        def forward(z: np.ndarray) -> np.ndarray:
-            low, high = special.gammaincinv(shape, special.ndtr(z)), special.gammainccinv(shape, special.ndtr(-z))
-            return (np.where(z < 0, low, high) - shape) / root * (1 - 1e-9)  # never below 0 by rounding
-
-        def inverse(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            x = np.maximum(shape + root * t, 0.0)
-            below, above = special.gammainc(shape, x), special.gammaincc(shape, x)
-            z = np.where(below < 0.5, special.ndtri(below), -special.ndtri(above))
-            return (np.clip(z, -9.0, 9.0),) * 2
-
-        return Quantile(forward, inverse, float(forward(np.full((), _REACH))))
-
 
 @functools.lru_cache(4096)
 def _lognormal(ratio: float) -> Quantile:

@@ -19,7 +19,7 @@ from fixup_init.jaxprs import Op, p
 from fixup_init.moments.distributions import distribution, drawn_at, draws, of_positive_sum
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import Lattice, Profile, repeated, same, settled, total
-from fixup_init.moments.polynomials import is_linear, kin_of, moments_of
+from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.values import Source, Value, padded, sole_source
 from fixup_init.quadrature import Quantile
 
