@@ -149,7 +149,7 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
                 if not math.isfinite(backward.variance):
                     backward = None
                     notes.add("backward unknown: a rule was not found on the way")
-            elif graph.node_of[tap.value] in before:  # a way that is zero
+            elif graph.node_of[tap.value] <= max(before, default=-1):  # no way leads here, or one that is zero
                 backward = Statistics(0.0, 0.0, 0.0)
         rows.append(
             Row(
