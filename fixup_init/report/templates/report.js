@@ -365,7 +365,7 @@
     );
     byId("spp-branch").hidden = !kinds.includes("branch");
     if (kinds.includes("branch")) {
-      started.push(drift("spp-branch", { ...plot, quantity: "channel_variance", kinds: ["branch"], title: "Variance within channels, end of branch" }));
+      started.push(drift("spp-branch", { ...plot, quantity: "channel_variance", kinds: ["branch"], title: "The same, at branch ends" }));
     }
     if (shared.length) started.push(shares("forward"), shares("backward"));
     document.querySelectorAll(".card").forEach((card, k) => { card.style.borderLeftColor = colour(k); });
