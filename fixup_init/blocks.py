@@ -120,14 +120,8 @@ def _block(
     outputs = tuple(
         v for s in steps for v in s.outputs if graph.is_activation(v) and (last_use.get(v, -1) >= stop or v in kept)
     )
-    aside: dict[int, Op] = {}  # steps on parameters and noise, repeated in each block that needs them
-    todo = [v for s in steps for v in s.inputs if v not in made and not graph.is_activation(v)]
-    while todo:
-        step = producer.get(todo.pop())
-        if step is not None and id(step) not in aside:
-            aside[id(step)] = step
-            todo.extend(step.inputs)
-    before = sorted(aside.values(), key=lambda s: s.outputs[0])
+    # Steps on parameters and noise are repeated in each block that needs them.
+    before = _leading_to([v for s in steps for v in s.inputs if v not in made and not graph.is_activation(v)], producer)
     steps = [*before, *steps]
     made |= {v for s in before for v in s.outputs}
     read = dict.fromkeys(v for s in steps for v in _reads(s) if v not in made)
@@ -144,6 +138,18 @@ def _block(
     layers = sum(v in weights for s in steps for v in _makes(s))
     signature = _SIGNATURES.setdefault(form, len(_SIGNATURES))
     return Block(tuple(steps), inputs, externals, outputs, inside, layers, signature)
+
+
+def _leading_to(values: list[int], producer: Mapping[int, Op]) -> list[Op]:
+    """The steps that make some values, in order."""
+    found: dict[int, Op] = {}
+    todo = list(values)
+    while todo:
+        step = producer.get(todo.pop())
+        if step is not None and id(step) not in found:
+            found[id(step)] = step
+            todo.extend(step.inputs)
+    return sorted(found.values(), key=lambda s: s.outputs[0])
 
 
 def _shape(graph: Graph, value: int) -> tuple[Any, ...]:
@@ -345,7 +351,15 @@ def forward(
         _measure(graph, block, found, measured)
         if progress is not None:
             progress(k + 1, len(blocks))
+    _complete(graph, env)
     return env, jax.device_get(measured)
+
+
+def _complete(graph: Graph, env: dict[int, Any]) -> None:
+    """Results that no activation leads to, such as a temperature that a model returns beside its logits."""
+    missing = [v for v in graph.program.outputs if v not in env]
+    if missing:
+        _run(_leading_to(missing, {v: step for step in graph.program.steps for v in step.outputs}), env, {}, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,7 +395,7 @@ def backward(
       graph: of the program.
       blocks: of `cut`.
       env: of `forward`.
-      cotangents: where the pass starts: arrays by value, each a block's result.
+      cotangents: where the pass starts: arrays by value, each a result of a block or of the program.
       progress: called with (blocks done, blocks in all).
       norms: parameters (values) whose gradient's norm is wanted.
       gradients: parameters whose gradient is wanted.
@@ -389,9 +403,9 @@ def backward(
     pulled: dict[int, Any] = dict(cotangents)
     measured: dict[int, Any] = {}
     sized, summed = dict.fromkeys(norms), dict.fromkeys(gradients)
-    uses = collections.Counter(v for block in blocks for v in block.externals)
     sizes: dict[int, Any] = {}
-    sums: dict[int, Any] = {}
+    sums: dict[int, Any] = _pulled_aside(graph, env, cotangents, {*sized, *summed})
+    uses = collections.Counter([*sums, *(v for block in blocks for v in block.externals)])
 
     def want(block: Block, v: int) -> int:
         if not jnp.issubdtype(graph.program.dtype(v), jnp.inexact) or not (v in sized or v in summed):
@@ -427,6 +441,24 @@ def backward(
         {v: pulled[v] for v in graph.inputs if v in pulled}, jax.device_get(measured), jax.device_get(sizes),
         {v: sums[v] for v in summed if v in sums},
     )  # fmt: skip
+
+
+def _pulled_aside(
+    graph: Graph, env: Mapping[int, Any], cotangents: Mapping[int, Any], wanted: set[int]
+) -> dict[int, Any]:  # fmt: skip
+    """Gradients of parameters from results that no activation leads to."""
+    ends = [v for v in cotangents if not graph.is_activation(v)]
+    steps = _leading_to(ends, {v: step for step in graph.program.steps for v in step.outputs})
+    read = {*ends, *(v for s in steps for v in _reads(s))}
+    leaves = [v for v in read & wanted if jnp.issubdtype(graph.program.dtype(v), jnp.inexact)]
+
+    def results(arrays: Sequence[Any]) -> list[Any]:
+        local = {**env, **dict(zip(leaves, arrays, strict=True))}
+        _run(steps, local, {}, None)
+        return [local[v] for v in ends]
+
+    _, pullback = jax.vjp(results, [env[v] for v in leaves])
+    return dict(zip(leaves, pullback([cotangents[v] for v in ends])[0], strict=True)) if leaves else {}
 
 
 def _slot(graph: Graph, value: int) -> tuple[tuple[int, ...], Any]:

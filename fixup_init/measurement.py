@@ -179,7 +179,7 @@ def loss_cotangents(traced: Traced, env: Mapping[int, Any], loss: Loss) -> dict[
     for k, ct in zip(smooth, pull(jnp.ones_like(value))[0], strict=True):
         v = program.outputs[k]
         found[v] = found[v] + ct if v in found else ct
-    return {v: ct for v, ct in found.items() if traced.graph.is_activation(v)}
+    return found
 
 
 def probe_values(traced: Traced, heads: set[str], params: Any, probe: Probe) -> tuple[tuple[int, ...], str]:

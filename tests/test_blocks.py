@@ -20,9 +20,10 @@ from fixup_init.measurement import prepare, run
 from fixup_init.models.resnet import cifar_resnet
 from fixup_init.tracing import Traced, trace
 
-# Post-activation batch norm over 8 entries a channel amplifies a rounding a ten-thousandfold in 54 blocks.
-IN_FLOAT64 = ("resnet110-v1",)
-ITS_TWIN = "resnet110-v1-nnx"  # the same program; NNX's batch norm keeps its statistics in float32 only
+# Batch norm over 8 entries a channel, or 2, amplifies a rounding a hundredfold and more over many blocks.
+IN_FLOAT64 = ("resnet110-v1", "resnet50-v1", "pointnet")
+# The same networks; NNX's batch norm has float32 statistics only, and Haiku's convolutions take float32 kernels only.
+TWINS = ("resnet110-v1-nnx", "resnet50-v1-nnx", "haiku-resnet50-v1", "haiku-resnet50-v2")
 QUICK = ("function", "time-conditioned", "densenet", "decoder-tied", "nnx-transformer", "layer-drop", "equinox-mlp")
 CASES = {case.name: case for case in ZOO + FAMILIES}
 
@@ -33,11 +34,15 @@ def over_zoo(*left_out: str) -> Any:
     return pytest.mark.parametrize("case", marked)
 
 
+# Without optimizations XLA rounds a value in two ways where it is used twice, and its maximum equals no entry.
+WITH_CARE = ("pointnet",)
+
+
 @pytest.fixture(autouse=True)
-def compiled_in_haste() -> Iterator[None]:
+def compiled_in_haste(request: pytest.FixtureRequest) -> Iterator[None]:
     """What is compiled here runs once: a third of the time is saved."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", not any(f"[{n}]" in request.node.name for n in WITH_CARE))
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
@@ -73,7 +78,7 @@ def wide(case: Case) -> Iterator[bool]:
         yield case.name in IN_FLOAT64
 
 
-@over_zoo(ITS_TWIN)
+@over_zoo(*TWINS)
 def test_blocks_give_what_the_whole_model_gives(case: Case, wide: bool) -> None:
     given = case.inputs
     if wide:
@@ -104,7 +109,7 @@ def test_blocks_give_what_the_whole_model_gives(case: Case, wide: bool) -> None:
     ]
     starts: dict[int, Any] = {}
     for v, probe in zip(program.outputs, probes, strict=True):
-        if v in traced.graph.node_of and probe.dtype != jax.dtypes.float0:
+        if probe.dtype != jax.dtypes.float0:
             starts[v] = starts[v] + probe if v in starts else probe
     leaves = program.inputs[: len(jax.tree.leaves(params))]
     found = blocks.backward(traced.graph, setup.blocks, env, starts, gradients=leaves).gradients
@@ -130,6 +135,23 @@ def test_every_family_is_analyzed(case: Case) -> None:
     assert len(made) == len(list(taps.unrolled(setup.taps)))
     assert all(row.forward is not None and row.forward.finite == 1 for row in made)
     assert any(row.backward is not None for row in made)
+
+
+def test_a_loss_reads_results_that_no_activation_leads_to() -> None:
+    """A temperature beside logits, as CLIP returns it."""
+    x, w = jax.ShapeDtypeStruct((8, 16), jnp.float32), {"w": jnp.ones((16, 3)), "t": jnp.zeros(())}
+    model = fi.Function(lambda p, x: (x @ p["w"], jnp.exp(p["t"]) + 1), w)
+
+    def loss(y: Any) -> Any:
+        return (y[0] * y[1]).sum()
+
+    found = fi.analyze(model, w, x, loss=loss)
+    assert found.rows[-1].backward is not None and found.rows[-1].backward.mean == 2
+    traced = trace(model, (jnp.ones((8, 16)),), {})
+    setup = prepare(traced, w, "output")
+    _, gradient = run(setup, w, None, jax.random.key(0), "loss", loss=loss, gradients=True)
+    whole = jax.grad(lambda w: loss(model.apply(w, jnp.ones((8, 16)))))(w)
+    jax.tree.map(np.testing.assert_allclose, gradient, whole)
 
 
 @pytest.mark.parametrize("rows", [lambda x: x[:5], lambda x: jnp.pad(x, ((0, 3), (0, 0)))], ids=["slice", "pad"])
