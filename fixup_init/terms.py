@@ -125,7 +125,7 @@ def term_of(streams: Streams, value: int, color: int, split: Split) -> Term:
     layers = tuple(n for n in nodes if n in graph.layers)
     mixes = any(n in streams.mixing and n not in streams.inside for n in nodes)
     if mixes and not layers:
-        mixes = not _is_multiple(graph, value, split.node)
+        mixes = not (_is_multiple(graph, value, split.node) or _is_shifted(graph, nodes, split.node))
     return Term((value,), nodes, tuple(sorted(aside)), layers, mixes, not streams.closed.isdisjoint(nodes))
 
 
@@ -147,6 +147,23 @@ def _is_multiple(graph: Graph, value: int, split: int) -> bool:
         elif op.primitive is p.div_p and graph.is_activation(op.inputs[0]):
             todo.append(graph.node_of[op.inputs[0]])
     return False
+
+
+def _is_shifted(graph: Graph, nodes: tuple[int, ...], split: int) -> bool:
+    """Whether a term reads its split only as what is taken off another value: m + g(x - m) shifts x to where g is safe,
+    and back (log-sum-exp), and nothing of m goes through g."""
+    same, taken = {split}, False
+    for n in nodes:
+        op = graph.op(n)
+        if op is None or same.isdisjoint(graph.parents[n]):
+            continue
+        if op.primitive in UNSCALED | COPIES:
+            same.add(n)
+        elif op.primitive is p.sub_p and graph.node_of.get(op.inputs[0]) not in (*same, *nodes):
+            taken = True
+        else:
+            return False
+    return taken
 
 
 def reshapes(graph: Graph, term: Term) -> bool:

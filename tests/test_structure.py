@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from zoo import IMAGES, VECTORS, ZOO, Case, Plain, Stacked
 from zoo_families import FAMILIES
@@ -119,6 +121,41 @@ def test_softmax_and_elementwise_sums_are_nothing() -> None:
 
     s = fi.structure(fi.Function(apply, jax.ShapeDtypeStruct((16, 4), jnp.float32)), VECTORS)
     assert not s.norms and not s.branches
+
+
+def by_hand(z: Any) -> Any:
+    most = z.max(-1)
+    return most + jnp.log(jnp.exp(z - most[..., None]).sum(-1))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: jax.nn.logsumexp(z, -1),
+        by_hand,
+        lambda z: optax.softmax_cross_entropy_with_integer_labels(z, jnp.zeros(z.shape[0], int)).mean(),
+        lambda z: -jax.nn.log_softmax(z)[:, 0].mean(),
+    ],
+    ids=["logsumexp", "by hand", "optax", "log_softmax"],
+)
+def test_a_loss_is_no_branch(loss: Any) -> None:
+    """m + log sum exp(x - m) shifts x and shifts it back; a pool that is added to its stream stays a branch."""
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    params = {"up": [shape((16, 16))] * 3, "head": shape((16, 4))}
+
+    def logits(p: Any, x: Any) -> Any:
+        for w in p["up"]:
+            x = x + jax.nn.relu(x @ w)
+        return x @ p["head"]
+
+    s = fi.structure(fi.Function(lambda p, x: loss(logits(p, x)), params), VECTORS)
+    assert s.num_branches == 3 and not s.undecided
+
+    def pooled(p: Any, x: Any) -> Any:
+        x = jax.nn.relu(x @ p["up"][0])
+        return loss(logits(p, x + jnp.cumsum(jax.nn.relu(x - 1), -1)))
+
+    assert fi.structure(fi.Function(pooled, params), VECTORS).num_branches == 4
 
 
 @pytest.mark.parametrize("form", ["divide", "multiply", "l2", "rms", "two-pass"])
