@@ -20,7 +20,7 @@ from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.lattice import Lattice, settled
 from fixup_init.moments.places import Places, places_of
 from fixup_init.moments.polynomials import kin_of, second_of
-from fixup_init.moments.softmax import PASSED, TOKENS, softmax_square
+from fixup_init.moments.softmax import TOKENS, softmax_square, walker
 from fixup_init.moments.values import Source, Value, unknown
 from fixup_init.quadrature import Quantile
 
@@ -41,12 +41,7 @@ class Segments:
 def segment_softmaxes(program: Program) -> list[Segments]:
     """Every softmax over segments of the first axis."""
     maker = {v: op for op in program.ops for v in op.outputs}
-
-    def back(value: int, passed: frozenset[object] = PASSED) -> tuple[int, Op | None]:
-        while (op := maker.get(value)) is not None and op.primitive in passed:
-            value = op.inputs[0]
-        return value, op
-
+    back = walker(maker)
     found = []
     for op in program.ops:
         if op.primitive is not p.div_p:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,15 +51,24 @@ PASSED = frozenset({
 })  # fmt: skip
 
 
-def softmaxes(program: Program) -> list[Softmax]:
-    """Every softmax of a program."""
-    maker = {v: op for op in program.ops for v in op.outputs}
+Back = Callable[..., tuple[int, Op | None]]
+
+
+def walker(maker: Mapping[int, Op]) -> Back:
+    """A function from a value to what it was before casts, shapes (or what is `passed`), and the operation there."""
 
     def back(value: int, passed: frozenset[Any] = PASSED) -> tuple[int, Op | None]:
         while (op := maker.get(value)) is not None and op.primitive in passed:
             value = op.inputs[0]
         return value, op
 
+    return back
+
+
+def softmaxes(program: Program) -> list[Softmax]:
+    """Every softmax of a program."""
+    maker = {v: op for op in program.ops for v in op.outputs}
+    back = walker(maker)
     found = []
     for op in program.ops:
         if op.primitive is not p.div_p:
