@@ -448,6 +448,8 @@ def _pulled_aside(
 ) -> dict[int, Any]:  # fmt: skip
     """Gradients of parameters from results that no activation leads to."""
     ends = [v for v in cotangents if not graph.is_activation(v)]
+    if not ends:
+        return {}
     steps = _leading_to(ends, {v: step for step in graph.program.steps for v in step.outputs})
     read = {*ends, *(v for s in steps for v in _reads(s))}
     leaves = [v for v in read & wanted if jnp.issubdtype(graph.program.dtype(v), jnp.inexact)]
