@@ -418,7 +418,7 @@ def _propagation(rows: list[Row], **more: Any) -> Propagation:
     return Propagation("test", "net", len(rows), tuple(rows), **more)
 
 
-def test_foundfar_from_predicted() -> None:
+def test_measured_far_from_predicted() -> None:
     theory = _propagation([_sum(k, 1.0) for k in range(6)], kind="predicted")
     found = verdicts(_propagation([_sum(k, 1.0 if k < 3 else 2.0 * k) for k in range(6)]), theory)
     assert [v.kind for v in found] == ["prediction"]
