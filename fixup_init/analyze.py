@@ -18,7 +18,7 @@ from fixup_init.propagation import Comparison, Propagation
 from fixup_init.sample import typed_key
 from fixup_init.schemes import Scheme
 from fixup_init.structure import of_trace
-from fixup_init.tracing import Traced, check_normalization, trace, without_normalization
+from fixup_init.tracing import Traced, check_normalization, trace, uncollected, without_normalization
 
 __all__ = ["CASES", "analyze", "compare", "over_steps"]
 
@@ -27,6 +27,7 @@ CASES: tuple[tuple[str, str], ...] = (("model", "kept"), ("model", "removed"), (
 
 
 @overload
+@uncollected()
 def analyze(
     model: Any, variables: Any, *args: Any, normalization: str = ..., probe: Probe = ..., loss: Loss | None = ...,
     steps: None = None, optimizer: Any = ..., key: Any = ..., label: str | None = ..., progress: Progress | None = ...,
@@ -35,6 +36,7 @@ def analyze(
 
 
 @overload
+@uncollected()
 def analyze(
     model: Any, variables: Any, *args: Any, normalization: str = ..., probe: Probe = ..., loss: Loss | None = ...,
     steps: int, optimizer: Any, key: Any = ..., label: str | None = ..., progress: Progress | None = ...,
@@ -42,6 +44,7 @@ def analyze(
 ) -> Comparison: ...  # fmt: skip
 
 
+@uncollected()
 def analyze(
     model: Any,
     variables: Any,
@@ -132,6 +135,7 @@ def over_steps(
     return Comparison(tuple(measured))
 
 
+@uncollected()
 def compare(
     model: Any,
     *args: Any,

@@ -48,7 +48,8 @@ class Block:
     signature: int  # the same for equal blocks
 
 
-_SIGNATURES: dict[Any, int] = {}
+_FORMS: dict[Any, int] = {}  # of a step
+_SIGNATURES: dict[Any, int] = {}  # of a block
 
 
 def cut(graph: Graph, taps: Mapping[int, Layout], keep: Iterable[int] = ()) -> tuple[Block, ...]:
@@ -69,6 +70,7 @@ def cut(graph: Graph, taps: Mapping[int, Layout], keep: Iterable[int] = ()) -> t
     passing = _passing(graph, main)
     kept = set(keep) | set(program.outputs)
     weights = {graph.value(n) for n in graph.layers}
+    forms: dict[tuple[Any, int], int] = {}
     bounds: list[int] = [0]
     alive: set[int] = set()
     candidate, weighted = 0, False
@@ -90,7 +92,7 @@ def cut(graph: Graph, taps: Mapping[int, Layout], keep: Iterable[int] = ()) -> t
     for start, stop in itertools.pairwise(bounds):
         steps = main[start:stop]
         if steps:
-            blocks.append(_block(graph, steps, stop, producer, last_use, kept, taps, weights))
+            blocks.append(_block(graph, steps, stop, producer, last_use, kept, taps, weights, forms))
     return tuple(blocks)
 
 
@@ -114,7 +116,7 @@ def _passing(graph: Graph, steps: list[Op]) -> dict[int, range]:
 
 def _block(
     graph: Graph, steps: list[Op], stop: int, producer: dict[int, Op], last_use: dict[int, int], kept: set[int],
-    taps: Mapping[int, Layout], weights: set[int],
+    taps: Mapping[int, Layout], weights: set[int], forms: dict[tuple[Any, int], int],
 ) -> Block:  # fmt: skip
     made = {v for s in steps for v in s.outputs}
     outputs = tuple(
@@ -130,7 +132,7 @@ def _block(
     inside = tuple((v, taps[v]) for s in steps for v in _makes(s) if v in taps)
     numbers: dict[int, int] = {}
     form = (
-        _canonical(graph, steps, numbers, taps),
+        _canonical(graph, steps, numbers, taps, forms),
         tuple(numbers.setdefault(v, len(numbers)) for v in (*inputs, *externals, *outputs)),
         len(inputs), len(externals),
         tuple(_shape(graph, v) for v in (*inputs, *externals)),
@@ -153,7 +155,7 @@ def _leading_to(values: list[int], producer: Mapping[int, Op]) -> list[Op]:
 
 
 def _shape(graph: Graph, value: int) -> tuple[Any, ...]:
-    return graph.program.shape(value), str(graph.program.dtype(value))
+    return graph.program.shape(value), graph.program.dtype(value)
 
 
 def _reads(step: Op) -> tuple[int, ...]:
@@ -172,26 +174,37 @@ def _inlined(graph: Graph, value: int) -> bool:
     return value in graph.program.constants and np.ndim(graph.program.constants[value]) == 0
 
 
-def _canonical(graph: Graph, steps: Sequence[Op], numbers: dict[int, int], taps: Mapping[int, Layout]) -> Any:
+def _canonical(
+    graph: Graph, steps: Sequence[Op], numbers: dict[int, int], taps: Mapping[int, Layout],
+    forms: dict[tuple[Any, int], int],
+) -> Any:  # fmt: skip
     """What steps compute, with values numbered in the order of their appearance."""
 
     def number(v: int) -> Any:
         if _inlined(graph, v):
-            return ("literal", str(graph.program.constants[v]), str(graph.program.dtype(v)))
+            return ("literal", str(graph.program.constants[v]), graph.program.dtype(v))
         return numbers.setdefault(v, len(numbers))
 
     form = []
     for s in steps:
-        line: list[Any] = [jaxprs.signature(s) if s.body is None else _scan_signature(s)]
+        line: list[Any] = [_form(s, forms) if s.body is None else _scan_signature(s)]
         line.append(tuple(number(v) for v in s.inputs))
         if s.body is not None:
             b = s.body
             line.append(tuple(number(v) for v in (*b.consts, *b.carry, *b.xs)))
-            line.append(_canonical(graph, b.steps, numbers, taps))
+            line.append(_canonical(graph, b.steps, numbers, taps, forms))
             line.append(tuple(number(v) for v in (*b.carry_out, *b.ys)))
         line.append(tuple((number(v), taps.get(v)) for v in s.outputs))
         form.append(tuple(line))
     return tuple(form)
+
+
+def _form(step: Op, forms: dict[tuple[Any, int], int]) -> int:
+    """A number for what a step computes; the calls of one function share their parameters, which are read once."""
+    key = step.primitive, id(step.params)
+    if key not in forms:
+        forms[key] = _FORMS.setdefault(jaxprs.signature(step), len(_FORMS))
+    return forms[key]
 
 
 def _scan_signature(step: Op) -> Any:
