@@ -390,6 +390,14 @@ def _install(traced: Traced, interpreter: Interpreter) -> None:
 
         interpreter.instead[id(segments.end)] = edges
 
+    for logs in moments.log_sums(program):
+        for op in logs.ends:
+            interpreter.instead.setdefault(id(op), functools.partial(logs.logarithm, interpreter))
+        for op in logs.less:
+            interpreter.instead.setdefault(id(op), functools.partial(logs.log_softmax, interpreter))
+    for root in moments.roots(program):
+        interpreter.instead.setdefault(id(root.end), functools.partial(root, interpreter))
+
 
 def _nonzero(program: jaxprs.Program, parameters: Mapping[int, Value]) -> list[np.ndarray]:
     """In place of each parameter's entries, whether any is not zero: what `analyze.probe_values` asks of them."""

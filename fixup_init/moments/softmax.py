@@ -94,6 +94,35 @@ def softmaxes(program: Program) -> list[Softmax]:
     return found
 
 
+def _decays(variance: float, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """log t, e^(-t e^s) and log t + s for scores s, and the weights of these."""
+    z = np.linspace(-9, 9, 721)
+    w = np.exp(-z * z / 2)
+    w /= w.sum()
+    top = math.sqrt(2 * variance * math.log(n + 1)) + variance / 2 + math.log(n)
+    tau = np.linspace(-top - 25, 12 * math.sqrt(variance) + 8, 1200)
+    at = np.clip(tau[:, None] + math.sqrt(variance) * z, -700, 700)
+    with np.errstate(over="ignore", under="ignore"):
+        return tau, np.exp(-np.exp(at)), at, w
+
+
+@functools.lru_cache(4096)
+def log_sum_moments(variance: float, n: int) -> tuple[float, float]:
+    """Mean and variance of log sum_k e^(s_k) over n independent scores of a variance.
+
+    With E exponential of rate 1, T = E / sum e^s has P(T > t) = (E e^(-t e^s))^n, and log T = log E - log sum e^s,
+    where log E has mean -gamma and variance pi^2 / 6.
+    """
+    if variance <= 0:
+        return math.log(n), 0.0
+    tau, decay, _, w = _decays(variance, n)
+    share = -np.diff((decay @ w) ** n)
+    share /= share.sum()
+    middle = (tau[1:] + tau[:-1]) / 2
+    mean = float(share @ middle)
+    return -np.euler_gamma - mean, max(float(share @ np.square(middle - mean)) - math.pi**2 / 6, 0.0)
+
+
 @functools.lru_cache(4096)
 def softmax_powers(variance: float, n: int) -> tuple[float, float]:
     """E S and E (S - 2 sum_k a_k^3 + S^2), S = sum_k a_k^2, of a softmax over n independent scores of a variance.
@@ -107,16 +136,9 @@ def softmax_powers(variance: float, n: int) -> tuple[float, float]:
         return 1.0, 0.0
     if variance <= 0:
         return 1.0 / n, (1 - 1 / n) / n
-    z = np.linspace(-9, 9, 721)
-    w = np.exp(-z * z / 2)
-    w /= w.sum()
-    s = math.sqrt(variance) * z
-    top = math.sqrt(2 * variance * math.log(n + 1)) + variance / 2 + math.log(n)
-    tau = np.linspace(-top - 25, 12 * math.sqrt(variance) + 8, 1200)  # log t
+    tau, decay, at, w = _decays(variance, n)
+    zero = decay @ w
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
-        at = np.clip(tau[:, None] + s, -700, 700)
-        decay = np.exp(-np.exp(at))
-        zero = decay @ w
         two, three, four = (np.nan_to_num((decay * np.exp(m * at)) @ w) for m in (2, 3, 4))  # t^m e_m
         rest, less = (np.where(zero > 0, zero ** max(n - m, 0), 0.0) for m in (1, 2))
         square = two * rest
