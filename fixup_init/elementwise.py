@@ -143,10 +143,12 @@ def _bounds_nothing(graph: Graph, op: Op) -> bool:
 
 
 _EXP, _MASK = (p.exp_p, p.exp2_p), (p.select_n_p, p.convert_element_type_p)
+_SHAPED = (p.broadcast_in_dim_p, p.reshape_p, p.squeeze_p, p.convert_element_type_p, p.abs_p)
 
 
 def _is_softmax(graph: Graph, node: int) -> bool:
-    """An exponential that is summed, both of them masked or not: part of a softmax or a log-sum-exp, no layer."""
+    """Part of a softmax or a log-sum-exp, no layer: an exponential that is summed, both of them masked or not, and the
+    logarithm of a sum of exponentials from which something was taken off that comes back behind it."""
 
     def done_by(nodes: Iterable[int], primitives: tuple[Any, ...]) -> list[int]:
         return [n for n in nodes if (op := graph.op(n)) is not None and op.primitive in primitives]
@@ -154,4 +156,20 @@ def _is_softmax(graph: Graph, node: int) -> bool:
     exponential = done_by((node,), _EXP) or (done_by((node,), _MASK) and done_by(graph.parents[node], _EXP))
     users = graph.users[node]
     masked = [u for n in done_by(users, _MASK) for u in graph.users[n]]
-    return bool(exponential and done_by((*users, *masked), (p.reduce_sum_p,)))
+    if exponential and done_by((*users, *masked), (p.reduce_sum_p,)):
+        return True
+    sums = _above(graph, done_by((node,), (p.log_p,)), (p.reduce_sum_p,), _SHAPED)
+    return bool(_above(graph, _above(graph, sums, _EXP, _SHAPED), (p.sub_p,), _SHAPED))
+
+
+def _above(graph: Graph, nodes: Iterable[int], primitives: tuple[Any, ...], past: tuple[Any, ...]) -> list[int]:
+    """The nearest earlier nodes that some primitives made, past others."""
+    found: list[int] = []
+    todo = [a for n in nodes for a in graph.parents[n]]
+    while todo:
+        op = graph.op(node := todo.pop())
+        if op is not None and op.primitive in primitives:
+            found.append(node)
+        elif op is not None and op.primitive in past:
+            todo.extend(graph.parents[node])
+    return found

@@ -69,7 +69,7 @@ _ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One finding.
+    """One finding; `str` is a sentence with its advice.
 
     Attributes:
       kind: which rule found it.
@@ -85,9 +85,12 @@ class Verdict:
     direction: Direction | None
     severity: Severity
     text: str
-    rows: tuple[int, ...] = ()
+    rows: tuple[int, ...] = dataclasses.field(default=(), repr=False)  # thousands, in a deep network
     factor: float | None = None
     advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.text} {self.advice}".rstrip()
 
 
 def verdicts(propagation: Propagation, predicted: Propagation | None = None) -> tuple[Verdict, ...]:
@@ -138,18 +141,19 @@ def _drifts(propagation: Propagation) -> Iterator[Verdict]:
         sums = bool(propagation.select("sum"))
         if size <= math.log(STEADY):
             continue
-        grows = total > 1
+        grows, strong = total > 1, size >= math.log(STRONG)
         unit = "block" if sums else "layer"
         what = "signal" if direction == "forward" else "gradient signal"
         a_block = drift.factor if grows else 1 / drift.factor
+        does = ("explodes" if grows else "vanishes") if strong else "drifts"
         text = (
-            f"The {what} {'explodes' if grows else 'vanishes'}: its second moment {'grows' if grows else 'shrinks'} by "
+            f"The {what} {does}: its second moment {'grows' if grows else 'shrinks'} by "
             f"a factor of {a_block:.2f} a {unit}, from {drift.first:.3g} at {name_of(propagation.rows[rows[0]])} to "
             f"{drift.last:.3g} at {name_of(propagation.rows[rows[-1]])}, over {drift.blocks} {unit}"
             f"{'s' * (drift.blocks != 1)}{_by_stage(propagation, rows, direction)}."
         ) + (_ahead(propagation.rows[rows[-1]], drift.last, drift.factor, drift.blocks, unit) if grows else "")
         yield Verdict(
-            "growth" if grows else "vanishing", direction, "warning" if size >= math.log(STRONG) else "note", text,
+            "growth" if grows else "vanishing", direction, "warning" if strong else "note", text,
             rows, drift.factor, _against_drift(propagation, direction, grows),
         )  # fmt: skip
 

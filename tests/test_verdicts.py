@@ -531,3 +531,10 @@ def test_the_worst_comes_first_and_all_is_data(exploding: Propagation) -> None:
 
 def test_rows_after_json_say_the_same(exploding: Propagation) -> None:
     assert verdicts(Propagation.from_dict(exploding.to_dict())) == verdicts(exploding)
+
+
+def test_a_verdict_in_print_is_a_sentence() -> None:
+    rows = [Row("sum", f"sum {k}", "", k, (8, 16), "float32", None, Statistics(0.0, 4.0**k, 0.0)) for k in range(20)]
+    (one, *_) = verdicts(Propagation("he", "net", 20, tuple(rows)))
+    assert str(one).startswith(f"{one.severity}: {one.text}") and str(one).endswith(one.advice)
+    assert len(one.rows) > 10 and "rows=" not in repr(one)

@@ -35,6 +35,6 @@ from fixup_init.moments.values import Node, Value, fixed, gaussian, known, of_so
 __all__ = [
     "INSIDE", "Cotangent", "Interpreter", "LogSum", "Node", "Normalization", "Root", "Segments", "Softmax", "Spread",
     "Value", "fixed", "gaussian", "has_squares", "known", "log_sums", "moments_of", "of_parts", "of_source",
-    "of_values", "ones", "pull_back", "roots", "segment_softmax", "segment_softmaxes", "settled", "softmax_of", "softmax_powers",
-    "softmax_square", "softmaxes", "total", "unknown",
+    "of_values", "ones", "pull_back", "roots", "segment_softmax", "segment_softmaxes", "settled", "softmax_of",
+    "softmax_powers", "softmax_square", "softmaxes", "total", "unknown",
 ]  # fmt: skip

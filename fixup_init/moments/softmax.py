@@ -69,6 +69,10 @@ def softmaxes(program: Program) -> list[Softmax]:
     """Every softmax of a program."""
     maker = {v: op for op in program.ops for v in op.outputs}
     back = walker(maker)
+    users: dict[int, list[Op]] = {}
+    for op in program.ops:
+        for v in op.inputs:
+            users.setdefault(v, []).append(op)
     found = []
     for op in program.ops:
         if op.primitive is not p.div_p:
@@ -90,20 +94,42 @@ def softmaxes(program: Program) -> list[Softmax]:
             if largest is not None and largest.primitive is p.reduce_max_p:
                 source = less.inputs[0]
                 inside.append(less)
+                if _is_only_for(program, users, largest, less):
+                    inside.append(largest)
         found.append(Softmax(source, tuple(divisor.params["axes"]), tuple(inside), op))
     return found
 
 
-def _decays(variance: float, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """log t, e^(-t e^s) and log t + s for scores s, and the weights of these."""
+def _is_only_for(program: Program, users: Mapping[int, Sequence[Op]], largest: Op, less: Op) -> bool:
+    """Whether the largest score is used for nothing but to be taken off, so that it matters to nothing."""
+    todo = [largest.outputs[0]]
+    while todo:
+        if (value := todo.pop()) in program.outputs:
+            return False
+        for user in users.get(value, ()):
+            if user.primitive in PASSED or user.primitive is p.max_p:
+                todo.extend(user.outputs)
+            elif user is not less:
+                return False
+    return True
+
+
+@functools.lru_cache(256)
+def _decays(variance: float, n: int) -> tuple[np.ndarray, ...]:
+    """log t, and E e^(-t e^s) t^m e^(m s) for m = 0, 2, 3, 4, for scores s of a variance and sums of up to n."""
     z = np.linspace(-9, 9, 721)
     w = np.exp(-z * z / 2)
     w /= w.sum()
     top = math.sqrt(2 * variance * math.log(n + 1)) + variance / 2 + math.log(n)
     tau = np.linspace(-top - 25, 12 * math.sqrt(variance) + 8, 1200)
     at = np.clip(tau[:, None] + math.sqrt(variance) * z, -700, 700)
-    with np.errstate(over="ignore", under="ignore"):
-        return tau, np.exp(-np.exp(at)), at, w
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        one = np.exp(at)
+        decay = np.exp(-one)
+        found = [decay]
+        for power in (2, 1, 1):
+            found.append(np.nan_to_num(found[-1] * one**power))
+        return tau, *(x @ w for x in found)
 
 
 @functools.lru_cache(4096)
@@ -115,8 +141,8 @@ def log_sum_moments(variance: float, n: int) -> tuple[float, float]:
     """
     if variance <= 0:
         return math.log(n), 0.0
-    tau, decay, _, w = _decays(variance, n)
-    share = -np.diff((decay @ w) ** n)
+    tau, zero, *_ = _decays(variance, n)
+    share = -np.diff(zero**n)
     share /= share.sum()
     middle = (tau[1:] + tau[:-1]) / 2
     mean = float(share @ middle)
@@ -124,22 +150,20 @@ def log_sum_moments(variance: float, n: int) -> tuple[float, float]:
 
 
 @functools.lru_cache(4096)
-def softmax_powers(variance: float, n: int) -> tuple[float, float]:
+def softmax_powers(variance: float, n: int, most: int = 0) -> tuple[float, float]:
     """E S and E (S - 2 sum_k a_k^3 + S^2), S = sum_k a_k^2, of a softmax over n independent scores of a variance.
 
     The second is what a cotangent meets: the score k gets a_k (g_k - sum_l a_l g_l), whose squares sum to it times the
     variance of independent g. As 1 / (sum e^s)^m = int t^(m-1) / (m-1)! exp(-t sum e^s) dt, with
     e_m(t) = E exp(m s - t e^s) they are n int t e_2 e_0^(n-1), n int t^2/2 e_3 e_0^(n-1), and for S^2
-    n int t^3/6 (e_4 e_0 + (n-1) e_2^2) e_0^(n-2).
+    n int t^3/6 (e_4 e_0 + (n-1) e_2^2) e_0^(n-2). With `most`, the e_m are those for sums of up to so many.
     """
     if n <= 1:
         return 1.0, 0.0
     if variance <= 0:
         return 1.0 / n, (1 - 1 / n) / n
-    tau, decay, at, w = _decays(variance, n)
-    zero = decay @ w
-    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
-        two, three, four = (np.nan_to_num((decay * np.exp(m * at)) @ w) for m in (2, 3, 4))  # t^m e_m
+    tau, zero, two, three, four = _decays(variance, most or n)
+    with np.errstate(under="ignore", divide="ignore"):
         rest, less = (np.where(zero > 0, zero ** max(n - m, 0), 0.0) for m in (1, 2))
         square = two * rest
         cube = three * rest / 2
@@ -184,7 +208,7 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
         counts = counts.reshape(-1)[:: counts.size // PROFILE + 1].reshape(-1, *(1,) * (rank - 1))
     sizes, times = np.unique(counts, return_counts=True)
     few = sizes if len(sizes) <= 64 else sizes[np.linspace(0, len(sizes) - 1, 33).round().astype(int)]
-    powers = [softmax_powers(round(v, 9), int(c)) for c in few]
+    powers = [softmax_powers(round(v, 9), int(c), int(few[-1])) for c in few]
     s2, pulled = (float(np.average(np.interp(sizes, few, x), weights=times)) for x in zip(*powers, strict=True))
     inverse = float((1.0 / counts).mean())
     ordered = np.sort(counts.ravel())

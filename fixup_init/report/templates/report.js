@@ -294,7 +294,10 @@
       annotations: [
         ...(drawn ? [] : [nothing("not known for these rows")]),
         ...(has.zero ? [note(about.range || quantity === "example_cosine" ? "≤ 0" : "0", "zero")] : []),
-        ...(has.bad ? [note("not<br>finite", "bad")] : []),
+        ...(has.bad ? [{
+          text: "△ not finite", showarrow: false, xref: "paper", x: 1, xanchor: "right", yref: "paper", y: 1,
+          yanchor: "bottom", font: { color: css("--quiet") },
+        }] : []),
       ],
       xaxis: depthAxis(chosen, flow),
       yaxis: axis({
