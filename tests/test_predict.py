@@ -59,13 +59,15 @@ class Gated(nn.Module):
 
 class Encoder(nn.Module):
     heads_of: int = 256  # features
+    causal: bool = False
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
+        mask = nn.make_causal_mask(x[..., 0]) if self.causal else None
         x = nn.Dense(256)(x)
         for _ in range(2):
             y = nn.LayerNorm()(x)
-            x = x + nn.MultiHeadDotProductAttention(4, qkv_features=4 * self.heads_of)(y, y)
+            x = x + nn.MultiHeadDotProductAttention(4, qkv_features=4 * self.heads_of)(y, y, mask=mask)
             x = x + nn.Dense(256)(nn.gelu(nn.Dense(512)(nn.LayerNorm()(x))))
         return nn.Dense(256)(x.mean(1))  # of many outputs, so that the probe's own noise is small
 

@@ -178,6 +178,15 @@ def softmax_square(variance: float, n: int) -> float:
     return softmax_powers(variance, n)[0]
 
 
+def _of_larger(figures: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """For rows of each size, in order, the mean over the other rows of the figure of the larger of the two."""
+    rows = int(times.sum())
+    if rows == 1:
+        return figures
+    beyond = np.cumsum((times * figures)[::-1])[::-1] - times * figures
+    return ((np.cumsum(times) - 1) * figures + beyond) / (rows - 1)
+
+
 def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
     """Attention weights: their second moments from the variance of scores along the axes."""
     if value.unknown:
@@ -204,42 +213,47 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
             if seen.shape[a] == 1:
                 seen = np.repeat(seen, shape[a], a)
         counts = np.maximum(seen.sum(axes, keepdims=True), 1)
-    if counts.size > PROFILE:
-        counts = counts.reshape(-1)[:: counts.size // PROFILE + 1].reshape(-1, *(1,) * (rank - 1))
-    sizes, times = np.unique(counts, return_counts=True)
+    if counts.size > PROFILE:  # where a row lies is no matter then
+        counts = counts.reshape(-1)[:: counts.size // PROFILE + 1]
+    sizes, at, times = np.unique(counts, return_inverse=True, return_counts=True)
     few = sizes if len(sizes) <= 64 else sizes[np.linspace(0, len(sizes) - 1, 33).round().astype(int)]
-    powers = [softmax_powers(round(v, 9), int(c), int(few[-1])) for c in few]
-    s2, pulled = (float(np.average(np.interp(sizes, few, x), weights=times)) for x in zip(*powers, strict=True))
-    inverse = float((1.0 / counts).mean())
-    ordered = np.sort(counts.ravel())
-    rank_of = np.arange(1, ordered.size + 1)
-    largest = float(((2 * rank_of - 1) / ordered.size**2 / ordered).sum())  # E 1 / max of two rows' counts
-    made, slopes = np.zeros((2,) * rank + (1,) * rank), np.zeros((2,) * rank + (1,) * rank)
+    powers = zip(*(softmax_powers(round(v, 9), int(c), int(few[-1])) for c in few), strict=True)
+    own = [
+        *(np.interp(sizes, few, x) for x in powers),
+        1.0 / sizes,
+    ]  # of one row; and of two with other numbers of keys
+    figures = np.array([own, [_of_larger(x, times) for x in own]])
+    if counts.ndim < rank:
+        figures = np.average(figures, 2, times).reshape(2, 3, *(1,) * rank)
+    else:
+        figures = figures[..., at.ravel()].reshape(2, 3, *counts.shape)
+    made, slopes = (np.zeros((2,) * rank + figures.shape[2:]) for _ in range(2))
     for mask in itertools.product((0, 1), repeat=rank):
         if beyond(mask):
             continue
         if not any(m and shape[a] > 1 for a, m in enumerate(mask)):
-            one, through = s2 / n, pulled / n
+            one, through = figures[0, :2] / n
         else:
             kappa = float(np.clip(flat[mask] - flat[with_keys(mask)], 0.0, v))
             moved = any(mask[a] and counts.shape[a] > 1 for a in range(rank)) if counts.ndim == rank else True
-            low = largest if moved else inverse
+            s2, pulled, low = figures[int(moved)]  # low: where the rows' scores are independent
             share = math.expm1(min(kappa, 500)) / math.expm1(min(v, 500)) if v > 0 else 0.0
-            one = (low + max(s2 - low, 0.0) * share) / n
+            one = (low + np.maximum(s2 - low, 0.0) * share) / n
             # Independent rows a, b: E sum a b (1 - a - b + (a, b)), of the same means.
-            apart = low * (1 - s2) ** 2 + (low * (1 - s2)) ** 2 / max(1 - low, low)
+            apart = low * (1 - s2) ** 2 + (low * (1 - s2)) ** 2 / np.maximum(1 - low, low)
             through = (apart + (pulled - apart) * share) / n
         made[mask], slopes[mask] = one, through
         made[with_keys(mask)] = (1.0 / n - one) / (n - 1) if n > 1 else one
     for mask in itertools.product((0, 1), repeat=rank):  # several key axes: any of them
         if beyond(mask):
             made[mask] = made[with_keys(mask)]
-    quantile = Quantile.positive(math.sqrt(max(n * s2 - 1, 0.0)))  # weights are not negative
+    power = float(figures[0, 0].mean())
+    quantile = Quantile.positive(math.sqrt(max(n * power - 1, 0.0)))  # weights are not negative
     source = Source(shape, np.full((1,) * rank, 1.0 / n), settled(made, shape), quantile, kin_of(value.terms))
 
     def back(l: Lattice) -> Lattice:
-        l = l.mean(tuple(range(rank, 2 * rank)), keepdims=True)
-        found = np.zeros_like(made)
+        l = l.mean(tuple(rank + a for a in range(rank) if made.shape[rank + a] == 1), keepdims=True)
+        found = np.zeros(np.broadcast_shapes(made.shape, l.shape))
         for mask in itertools.product((0, 1), repeat=rank):
             if beyond(mask):
                 continue
