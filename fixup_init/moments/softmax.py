@@ -187,6 +187,16 @@ def _of_larger(figures: np.ndarray, times: np.ndarray) -> np.ndarray:
     return ((np.cumsum(times) - 1) * figures + beyond) / (rows - 1)
 
 
+def _places(seen: np.ndarray, counts: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean weights under a mask, and how the products of two of a column, in one row and in two, lie along the keys."""
+    means = seen / counts
+    rows = tuple(a for a in range(seen.ndim) if a not in axes)
+    pairs = means * (means.sum(rows, keepdims=True) - means)
+    middle = pairs.mean(tuple(axes), keepdims=True)
+    near = means / means.mean(tuple(axes), keepdims=True)
+    return means, near, np.where(middle > 0, pairs / np.where(middle > 0, middle, 1.0), near)
+
+
 def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
     """Attention weights: their second moments from the variance of scores along the axes."""
     if value.unknown:
@@ -206,7 +216,7 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
         return any(m and k for m, k in zip(mask, keys, strict=True))
 
     v = max(float(flat[(0,) * rank] - flat[keys]), 0.0)
-    counts = np.full((1,) * rank, n)
+    counts = seen = np.full((1,) * rank, n)
     if value.visible is not None:
         seen = value.visible.reshape(padded(value.visible.shape, rank))
         for a in axes:
@@ -218,21 +228,19 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
     sizes, at, times = np.unique(counts, return_inverse=True, return_counts=True)
     few = sizes if len(sizes) <= 64 else sizes[np.linspace(0, len(sizes) - 1, 33).round().astype(int)]
     powers = zip(*(softmax_powers(round(v, 9), int(c), int(few[-1])) for c in few), strict=True)
-    own = [
-        *(np.interp(sizes, few, x) for x in powers),
-        1.0 / sizes,
-    ]  # of one row; and of two with other numbers of keys
-    figures = np.array([own, [_of_larger(x, times) for x in own]])
+    own = [*(np.interp(sizes, few, x) for x in powers), 1.0 / sizes]
+    figures = np.array([own, [_of_larger(x, times) for x in own]])  # of one row, and of two that differ in their keys
     if counts.ndim < rank:
         figures = np.average(figures, 2, times).reshape(2, 3, *(1,) * rank)
     else:
         figures = figures[..., at.ravel()].reshape(2, 3, *counts.shape)
-    made, slopes = (np.zeros((2,) * rank + figures.shape[2:]) for _ in range(2))
+    means, *places = _places(seen, counts, axes) if 1 < seen.size <= PROFILE else (1.0 / n, np.ones(()), np.ones(()))
+    made, slopes = (np.zeros((2,) * rank + np.broadcast_shapes(figures.shape[2:], np.shape(means))) for _ in range(2))
     for mask in itertools.product((0, 1), repeat=rank):
         if beyond(mask):
             continue
         if not any(m and shape[a] > 1 for a, m in enumerate(mask)):
-            one, through = figures[0, :2] / n
+            moved, (one, through) = False, figures[0, :2] / n
         else:
             kappa = float(np.clip(flat[mask] - flat[with_keys(mask)], 0.0, v))
             moved = any(mask[a] and counts.shape[a] > 1 for a in range(rank)) if counts.ndim == rank else True
@@ -242,14 +250,15 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
             # Independent rows a, b: E sum a b (1 - a - b + (a, b)), of the same means.
             apart = low * (1 - s2) ** 2 + (low * (1 - s2)) ** 2 / np.maximum(1 - low, low)
             through = (apart + (pulled - apart) * share) / n
+        one, through = one * places[moved], through * places[moved]
         made[mask], slopes[mask] = one, through
-        made[with_keys(mask)] = (1.0 / n - one) / (n - 1) if n > 1 else one
+        made[with_keys(mask)] = (means - one) / (n - 1) if n > 1 else one
     for mask in itertools.product((0, 1), repeat=rank):  # several key axes: any of them
         if beyond(mask):
             made[mask] = made[with_keys(mask)]
     power = float(figures[0, 0].mean())
     quantile = Quantile.positive(math.sqrt(max(n * power - 1, 0.0)))  # weights are not negative
-    source = Source(shape, np.full((1,) * rank, 1.0 / n), settled(made, shape), quantile, kin_of(value.terms))
+    source = Source(shape, means * np.ones((1,) * rank), settled(made, shape), quantile, kin_of(value.terms))
 
     def back(l: Lattice) -> Lattice:
         l = l.mean(tuple(rank + a for a in range(rank) if made.shape[rank + a] == 1), keepdims=True)
