@@ -429,6 +429,31 @@ def test_causal_attention() -> None:
     assert 0.7 < mean[2 * key + 1] < 1 and "gradient approximate" in rows[key].note
 
 
+PLACES = np.arange(16)
+MASKS = {
+    "causal": PLACES[None] <= PLACES[:, None],
+    "window": np.abs(PLACES[:, None] - PLACES[None]) < 3,
+    "padding": (PLACES[None] < np.array([4, 8, 12, 16, 16, 16, 3, 9])[:, None])[:, None, None, :],
+    "nothing for the first": PLACES[None] < PLACES[:, None],
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "padding")) for n in MASKS])
+def test_masks(name: str) -> None:
+    """Gradients of tokens depend on which others see them; a row that sees nothing has equal scores."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            y = nn.LayerNorm()(nn.Dense(256)(x))
+            mask = jnp.asarray(MASKS[name]).reshape(-1, 1, *MASKS[name].shape[-2:])
+            return x + nn.MultiHeadDotProductAttention(4, qkv_features=1024)(y, y, mask=mask)
+
+    mean, error = ratios(Net(), vectors(8, 16, 256), "lecun", seeds=4)
+    assert np.isfinite(mean).all()
+    assert (np.abs(mean - 1) < 0.05 + 2.5 * error).all()
+
+
 def test_where_attention_is_approximate_rows_say_so() -> None:
     rows = {r.name.split("/", 1)[-1]: r.note for r in predict(Encoder(), vectors(4, 16, 64), scheme="lecun").rows[:9]}
     assert "gradient approximate" in rows["query/kernel"] and "gradient approximate" in rows["key/kernel"]

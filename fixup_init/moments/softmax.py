@@ -24,6 +24,7 @@ from fixup_init.moments.polynomials import kin_of, second_of
 from fixup_init.moments.values import Source, Value, padded, unknown
 from fixup_init.quadrature import Quantile
 
+_PLACES = 1 << 16  # entries of a mask whose places are told apart
 INSIDE = "an exponential inside of a softmax"
 TOKENS = (
     "approximate: attention weights are taken as independent of the values that they weigh; tokens that are alike get "
@@ -222,7 +223,8 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
         for a in axes:
             if seen.shape[a] == 1:
                 seen = np.repeat(seen, shape[a], a)
-        counts = np.maximum(seen.sum(axes, keepdims=True), 1)
+        seen = seen | ~seen.any(axes, keepdims=True)  # a row of which all is masked sees all: its scores are equal
+        counts = seen.sum(axes, keepdims=True)
     if counts.size > PROFILE:  # where a row lies is no matter then
         counts = counts.reshape(-1)[:: counts.size // PROFILE + 1]
     sizes, at, times = np.unique(counts, return_inverse=True, return_counts=True)
@@ -234,7 +236,7 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
         figures = np.average(figures, 2, times).reshape(2, 3, *(1,) * rank)
     else:
         figures = figures[..., at.ravel()].reshape(2, 3, *counts.shape)
-    means, *places = _places(seen, counts, axes) if 1 < seen.size <= PROFILE else (1.0 / n, np.ones(()), np.ones(()))
+    means, *places = _places(seen, counts, axes) if 1 < seen.size <= _PLACES else (1.0 / n, np.ones(()), np.ones(()))
     made, slopes = (np.zeros((2,) * rank + np.broadcast_shapes(figures.shape[2:], np.shape(means))) for _ in range(2))
     for mask in itertools.product((0, 1), repeat=rank):
         if beyond(mask):
