@@ -20,6 +20,7 @@ Profile = np.ndarray  # one number for each position along axes where it matters
 
 
 PROFILE = 4096  # entries of a profile
+WIDE = 1 << 16  # of one over two axes, such as queries and keys
 
 
 def spread(profile: Profile) -> Lattice:
@@ -132,8 +133,11 @@ def contracted(
     """Of a sum of products of independent values, as einsum: axes by name, those that `out` lacks are summed."""
     gone = [a for a in dict.fromkeys((*left_axes, *right_axes)) if a not in out]
     order = [*out, *gone]
-    product = _aligned(left, left_axes, order) * _aligned(right, right_axes, order)
     rank = len(order)
+    both = [_aligned(left, left_axes, order), _aligned(right, right_axes, order)]
+    while math.prod(profile := np.broadcast_shapes(*(x.shape[rank:] for x in both))) > WIDE:
+        both = [x.mean(rank + profile.index(max(profile)), keepdims=True) for x in both]
+    product = both[0] * both[1]
     for a in reversed(gone):
         product = summed(product, rank - 1, sizes[a], rank)
         rank -= 1

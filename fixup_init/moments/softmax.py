@@ -19,12 +19,11 @@ import numpy as np
 from fixup_init import jaxprs
 from fixup_init.jaxprs import Op, Program, p
 from fixup_init.moments.environment import Environment
-from fixup_init.moments.lattice import PROFILE, Lattice, settled
+from fixup_init.moments.lattice import PROFILE, WIDE, Lattice, settled
 from fixup_init.moments.polynomials import kin_of, second_of
 from fixup_init.moments.values import Source, Value, padded, unknown
 from fixup_init.quadrature import Quantile
 
-_PLACES = 1 << 16  # entries of a mask whose places are told apart
 INSIDE = "an exponential inside of a softmax"
 TOKENS = (
     "approximate: attention weights are taken as independent of the values that they weigh; tokens that are alike get "
@@ -179,6 +178,34 @@ def softmax_square(variance: float, n: int) -> float:
     return softmax_powers(variance, n)[0]
 
 
+def _seen(value: Value, axes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which keys each row of scores sees, and how many, both of size 1 along axes where that is the same."""
+    if value.visible is None:
+        return np.ones((1,) * value.rank), np.full((1,) * value.rank, math.prod(value.shape[a] for a in axes))
+    seen = value.visible.reshape(padded(value.visible.shape, value.rank))
+    for a in axes:
+        if seen.shape[a] == 1:
+            seen = np.repeat(seen, value.shape[a], a)
+    seen = seen | ~seen.any(tuple(axes), keepdims=True)  # where all is masked all is seen: the scores are equal
+    return seen, seen.sum(tuple(axes), keepdims=True)
+
+
+def _figures(counts: np.ndarray, variance: float, by_row: bool) -> np.ndarray:
+    """Of one row of scores, and of two with other keys: what `softmax_powers` has, and one over the number of keys.
+
+    Returns:
+      (2, 3, *shape of `counts`), averages over rows if they are not told apart.
+    """
+    sizes, at, times = np.unique(counts, return_inverse=True, return_counts=True)
+    few = sizes if len(sizes) <= 64 else sizes[np.linspace(0, len(sizes) - 1, 33).round().astype(int)]
+    powers = zip(*(softmax_powers(round(variance, 9), int(c), int(few[-1])) for c in few), strict=True)
+    one = [*(np.interp(sizes, few, x) for x in powers), 1.0 / sizes]
+    figures = np.array([one, [_of_larger(x, times) for x in one]])
+    if not by_row:
+        return np.average(figures, 2, times).reshape(2, 3, *(1,) * counts.ndim)
+    return figures[..., at.ravel()].reshape(2, 3, *counts.shape)
+
+
 def _of_larger(figures: np.ndarray, times: np.ndarray) -> np.ndarray:
     """For rows of each size, in order, the mean over the other rows of the figure of the larger of the two."""
     rows = int(times.sum())
@@ -217,26 +244,10 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
         return any(m and k for m, k in zip(mask, keys, strict=True))
 
     v = max(float(flat[(0,) * rank] - flat[keys]), 0.0)
-    counts = seen = np.full((1,) * rank, n)
-    if value.visible is not None:
-        seen = value.visible.reshape(padded(value.visible.shape, rank))
-        for a in axes:
-            if seen.shape[a] == 1:
-                seen = np.repeat(seen, shape[a], a)
-        seen = seen | ~seen.any(axes, keepdims=True)  # a row of which all is masked sees all: its scores are equal
-        counts = seen.sum(axes, keepdims=True)
-    if counts.size > PROFILE:  # where a row lies is no matter then
-        counts = counts.reshape(-1)[:: counts.size // PROFILE + 1]
-    sizes, at, times = np.unique(counts, return_inverse=True, return_counts=True)
-    few = sizes if len(sizes) <= 64 else sizes[np.linspace(0, len(sizes) - 1, 33).round().astype(int)]
-    powers = zip(*(softmax_powers(round(v, 9), int(c), int(few[-1])) for c in few), strict=True)
-    own = [*(np.interp(sizes, few, x) for x in powers), 1.0 / sizes]
-    figures = np.array([own, [_of_larger(x, times) for x in own]])  # of one row, and of two that differ in their keys
-    if counts.ndim < rank:
-        figures = np.average(figures, 2, times).reshape(2, 3, *(1,) * rank)
-    else:
-        figures = figures[..., at.ravel()].reshape(2, 3, *counts.shape)
-    means, *places = _places(seen, counts, axes) if 1 < seen.size <= _PLACES else (1.0 / n, np.ones(()), np.ones(()))
+    seen, counts = _seen(value, axes)
+    by_row = counts.size <= PROFILE  # else where a row lies is no matter
+    figures = _figures(counts, v, by_row)
+    means, *places = _places(seen, counts, axes) if 1 < seen.size <= WIDE else (1.0 / n, np.ones(()), np.ones(()))
     made, slopes = (np.zeros((2,) * rank + np.broadcast_shapes(figures.shape[2:], np.shape(means))) for _ in range(2))
     for mask in itertools.product((0, 1), repeat=rank):
         if beyond(mask):
@@ -245,7 +256,7 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
             moved, (one, through) = False, figures[0, :2] / n
         else:
             kappa = float(np.clip(flat[mask] - flat[with_keys(mask)], 0.0, v))
-            moved = any(mask[a] and counts.shape[a] > 1 for a in range(rank)) if counts.ndim == rank else True
+            moved = not by_row or any(mask[a] and counts.shape[a] > 1 for a in range(rank))
             s2, pulled, low = figures[int(moved)]  # low: where the rows' scores are independent
             share = math.expm1(min(kappa, 500)) / math.expm1(min(v, 500)) if v > 0 else 0.0
             one = (low + np.maximum(s2 - low, 0.0) * share) / n
