@@ -137,7 +137,9 @@ def _against_zero(graph: Graph, op: Op) -> bool:
 
 
 def _bounds_nothing(graph: Graph, op: Op) -> bool:
-    """max(x, -inf) and min(x, inf): x, as the guard of a softmax has it."""
+    """max(x, -inf) and min(x, inf), or whether x is finite: guards of a softmax, which change no finite number."""
+    if op.primitive is p.is_finite_p:
+        return True
     nothing = -math.inf if op.primitive is p.max_p else math.inf
     return op.primitive in (p.max_p, p.min_p) and any(graph.literal(v) == nothing for v in op.inputs)
 

@@ -210,6 +210,30 @@ def test_equal_blocks_are_one() -> None:
     assert max(b.layers for b in deep) <= 3
 
 
+def test_rules_of_one_source_with_other_equations_are_other_blocks() -> None:
+    """A custom derivative that closes over a number is written once and computes as many functions as it is given."""
+
+    def scaled(by: float) -> Any:
+        @jax.custom_jvp
+        def f(x: Any) -> Any:
+            return by * jnp.tanh(x)
+
+        f.defjvps(lambda t, ans, x: t * by)
+        return f
+
+    def net(w: Any, x: Any) -> Any:
+        for k, by in enumerate((1.0, 2.0, 4.0)):
+            x = scaled(by)(x @ w[k])
+        return x
+
+    model = fi.Function(net, [jax.ShapeDtypeStruct((16, 16), jnp.float32)] * 3)
+    x = jax.ShapeDtypeStruct((32, 16), jnp.float32)
+    w = [jnp.eye(16)] * 3
+    tanh = fi.analyze(model, w, x).select("nonlinearity")
+    moments = [r.forward.second_moment for r in tanh if r.forward is not None]
+    assert moments[0] < 0.5 and 1 < moments[1] < 4 and 4 < moments[2] < 16
+
+
 def test_a_second_analysis_compiles_nothing(caplog: pytest.LogCaptureFixture) -> None:
     x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     model = cifar_resnet(20, norm="batch")

@@ -207,6 +207,17 @@ def test_programs_against_samples(f: Callable[[Any], Any]) -> None:
     assert found.second_moment == pytest.approx(np.square(y).mean(), rel=0.02)
 
 
+def test_the_largest_score_may_have_another_use() -> None:
+    """What a softmax takes off matters to nothing, unless it is read beside it."""
+
+    def net(params: Any, x: Any) -> Any:
+        largest = x.max(-1, keepdims=True)
+        weights = jnp.exp(x - largest)
+        return largest * weights / weights.sum(-1, keepdims=True) + largest
+
+    assert predict(fi.Function(net, {}), vectors(8, 64)).rows[-1].forward is not None
+
+
 def test_the_largest_of_masked_scores() -> None:
     """Of 2, 3 and so on to 9 standard normal ones."""
     net = fi.Function(lambda p, x: jnp.where(jnp.tri(8, 64, 1, dtype=bool), x, -1e9).max(1), {})

@@ -115,6 +115,13 @@ def test_removed_normalization_leaves_the_plain_network() -> None:
     )
 
 
+@pytest.mark.parametrize("f", [jax.nn.log_softmax, lambda z: jax.nn.logsumexp(z, -1, keepdims=True) * z])
+def test_a_logarithm_inside_of_a_log_sum_exp_is_no_nonlinearity(f: Any) -> None:
+    model = fi.Function(lambda w, x: f(jnp.tanh(x @ w)), jax.ShapeDtypeStruct((16, 16), jnp.float32))
+    rows = fi.predict(model, jax.ShapeDtypeStruct((8, 16), jnp.float32)).select("nonlinearity")
+    assert [r.shape for r in rows] == [(8, 16)] and rows[0].name == "tanh"
+
+
 def test_softmax_and_elementwise_sums_are_nothing() -> None:
     def apply(w: Any, x: Any) -> Any:
         return jax.nn.softmax(jax.nn.gelu(x @ w))
