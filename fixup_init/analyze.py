@@ -27,7 +27,6 @@ CASES: tuple[tuple[str, str], ...] = (("model", "kept"), ("model", "removed"), (
 
 
 @overload
-@uncollected()
 def analyze(
     model: Any, variables: Any, *args: Any, normalization: str = ..., probe: Probe = ..., loss: Loss | None = ...,
     steps: None = None, optimizer: Any = ..., key: Any = ..., label: str | None = ..., progress: Progress | None = ...,
@@ -36,7 +35,6 @@ def analyze(
 
 
 @overload
-@uncollected()
 def analyze(
     model: Any, variables: Any, *args: Any, normalization: str = ..., probe: Probe = ..., loss: Loss | None = ...,
     steps: int, optimizer: Any, key: Any = ..., label: str | None = ..., progress: Progress | None = ...,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax.numpy as jnp
 
 from fixup_init import jaxprs
-from fixup_init.graph import NOISE, Graph
+from fixup_init.graph import COPIES, NOISE, Graph
 from fixup_init.jaxprs import Op, p
 
 __all__ = ["Nonlinearity", "find", "limits"]
@@ -59,7 +59,7 @@ def find(graph: Graph, excluded: frozenset[int]) -> tuple[Nonlinearity, ...]:
         leaves_formula = node in outputs or any(root[u] != root[node] for u in graph.users[node])
         if not leaves_formula or not jnp.issubdtype(graph.program.dtype(graph.value(node)), jnp.inexact):
             continue
-        if _is_softmax(graph, node):
+        if _is_softmax(graph, node) or _is_shifted_log(graph, node):
             continue
         found.append(Nonlinearity(root[node], node, name))
     return tuple(found)
@@ -145,12 +145,11 @@ def _bounds_nothing(graph: Graph, op: Op) -> bool:
 
 
 _EXP, _MASK = (p.exp_p, p.exp2_p), (p.select_n_p, p.convert_element_type_p)
-_SHAPED = (p.broadcast_in_dim_p, p.reshape_p, p.squeeze_p, p.convert_element_type_p, p.abs_p)
+_PAST = COPIES | {p.stop_gradient_p}
 
 
 def _is_softmax(graph: Graph, node: int) -> bool:
-    """Part of a softmax or a log-sum-exp, no layer: an exponential that is summed, both of them masked or not, and the
-    logarithm of a sum of exponentials from which something was taken off that comes back behind it."""
+    """An exponential that is summed, both of them masked or not: part of a softmax or a log-sum-exp, no layer."""
 
     def done_by(nodes: Iterable[int], primitives: tuple[Any, ...]) -> list[int]:
         return [n for n in nodes if (op := graph.op(n)) is not None and op.primitive in primitives]
@@ -158,13 +157,52 @@ def _is_softmax(graph: Graph, node: int) -> bool:
     exponential = done_by((node,), _EXP) or (done_by((node,), _MASK) and done_by(graph.parents[node], _EXP))
     users = graph.users[node]
     masked = [u for n in done_by(users, _MASK) for u in graph.users[n]]
-    if exponential and done_by((*users, *masked), (p.reduce_sum_p,)):
-        return True
-    sums = _above(graph, done_by((node,), (p.log_p,)), (p.reduce_sum_p,), _SHAPED)
-    return bool(_above(graph, _above(graph, sums, _EXP, _SHAPED), (p.sub_p,), _SHAPED))
+    return bool(exponential and done_by((*users, *masked), (p.reduce_sum_p,)))
 
 
-def _above(graph: Graph, nodes: Iterable[int], primitives: tuple[Any, ...], past: tuple[Any, ...]) -> list[int]:
+def _is_shifted_log(graph: Graph, node: int) -> bool:
+    """log sum exp(s - m) that is nothing but added to m or taken off s - m: part of a log-sum-exp, no layer."""
+    op = graph.op(node)
+    if op is None or op.primitive is not p.log_p:
+        return False
+    sums = _above(graph, (node,), (p.reduce_sum_p,), _PAST | {p.abs_p})
+    shifted = _above(graph, _above(graph, sums, _EXP, _PAST), (p.sub_p,), _PAST)
+    users = _users(graph, node)
+    for one in shifted:
+        made = graph.op(one)
+        assert made is not None
+        shift = _origin(graph, made.inputs[1])
+        if users and shift is not None and all(
+            (u.primitive is p.sub_p and _origin(graph, u.inputs[0]) == one)
+            or (u.primitive is p.add_p and shift in (_origin(graph, v) for v in u.inputs))
+            for u in users
+        ):  # fmt: skip
+            return True
+    return False
+
+
+def _origin(graph: Graph, value: int) -> int | None:
+    """The node of an activation before it was cast and brought into shape."""
+    node = graph.node_of.get(value)
+    while node is not None and (op := graph.op(node)) is not None and op.primitive in _PAST:
+        node = graph.node_of.get(op.inputs[0])
+    return node
+
+
+def _users(graph: Graph, node: int) -> list[Op]:
+    """The operations that use a node once it is cast and brought into shape."""
+    found: list[Op] = []
+    todo = list(graph.users[node])
+    while todo:
+        user = todo.pop()
+        if (op := graph.op(user)) is not None and op.primitive in _PAST:
+            todo.extend(graph.users[user])
+        elif op is not None:
+            found.append(op)
+    return found
+
+
+def _above(graph: Graph, nodes: Iterable[int], primitives: Collection[Any], past: Collection[Any]) -> list[int]:
     """The nearest earlier nodes that some primitives made, past others."""
     found: list[int] = []
     todo = [a for n in nodes for a in graph.parents[n]]

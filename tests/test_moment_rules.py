@@ -114,7 +114,8 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 QUICK = (
     "sort", "top_k", "shares of top_k", "one-hot of argmax", "largest by its one-hot vector", "cumsum",
-    "segment_sum, read", "softmax over segments", "what it wrote", "cond", "fft, real part", "complex quotient",
+    "log softmax", "segment_sum, read", "softmax over segments", "what it wrote", "cond", "fft, real part",
+    "complex quotient",
 )  # fmt: skip
 
 

@@ -122,6 +122,15 @@ def test_a_logarithm_inside_of_a_log_sum_exp_is_no_nonlinearity(f: Any) -> None:
     assert [r.shape for r in rows] == [(8, 16)] and rows[0].name == "tanh"
 
 
+def test_a_logarithm_from_which_what_was_taken_off_stays_off_is_a_nonlinearity() -> None:
+    def apply(w: Any, x: Any) -> Any:
+        return jnp.log(jnp.exp(x - x @ w).sum(-1, keepdims=True)) * x
+
+    model = fi.Function(apply, jax.ShapeDtypeStruct((16, 16), jnp.float32))
+    rows = fi.predict(model, jax.ShapeDtypeStruct((8, 16), jnp.float32)).select("nonlinearity")
+    assert [r.name for r in rows] == ["log"]
+
+
 def test_softmax_and_elementwise_sums_are_nothing() -> None:
     def apply(w: Any, x: Any) -> Any:
         return jax.nn.softmax(jax.nn.gelu(x @ w))

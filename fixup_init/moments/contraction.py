@@ -12,7 +12,7 @@ import numpy as np
 from fixup_init.jaxprs import Op, p
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment, Rule
-from fixup_init.moments.lattice import Lattice, contracted, mean_contracted, repeated, settled
+from fixup_init.moments.lattice import Lattice, contracted, mean_contracted, settled, widened
 from fixup_init.moments.polynomials import DEPENDENT, kin_of, moments_of, times
 from fixup_init.moments.values import Layer, Source, Term, Value
 
@@ -64,12 +64,8 @@ def einsum(
         missing = [a for a in names[side] if a not in out and a not in names[other]]
         inner = [a for a in names[side] if a not in missing]
         found = contracted(cotangent, list(out), moments[other][1], names[other], inner, sizes)
-        rank = len(inner)
-        for k, a in enumerate(names[side]):
-            if a in missing:
-                found = repeated(found, k, rank)
-                rank += 1
-        return settled(found, shapes[side])
+        new = [k for k, a in enumerate(names[side]) if a in missing]
+        return settled(widened(found, new), shapes[side])
 
     layer = None
     if weight[0] != weight[1]:

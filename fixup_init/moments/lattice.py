@@ -82,6 +82,13 @@ def repeated(lattice: Lattice, axis: int, rank: int) -> Lattice:
     return np.repeat(np.expand_dims(np.expand_dims(lattice, rank + axis), axis), 2, axis)
 
 
+def widened(lattice: Lattice, axes: Iterable[int]) -> Lattice:
+    """With new axes at some places, along which all entries are one: the transpose of a sum."""
+    for a in sorted(axes):
+        lattice = repeated(lattice, a, lattice.ndim // 2)
+    return lattice
+
+
 def diluted(lattice: Lattice, axis: int, held: int, n: int) -> Lattice:
     """Of entries among n along an axis, of which `held`, nobody knows where, have this lattice and the others are 0."""
     rank = lattice.ndim // 2

@@ -12,15 +12,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
 from fixup_init.jaxprs import Op, Program, p
 from fixup_init.moments.interpreter import Interpreter
-from fixup_init.moments.lattice import Lattice, kept, repeated, settled
+from fixup_init.moments.lattice import Lattice, kept, settled, widened
 from fixup_init.moments.polynomials import kin_of, moments_of
-from fixup_init.moments.softmax import PASSED, log_sum_moments, softmax_of, walker
+from fixup_init.moments.softmax import CASTS, PASSED, is_reduced, log_sum_moments, softmax_of, walker
 from fixup_init.moments.values import Source, Value
 
 __all__ = ["LogSum", "log_sums"]
@@ -56,9 +55,7 @@ class LogSum:
         source = Source(shape, np.full((1,) * len(shape), mean), second, None, kin_of(scores.terms))
 
         def back(l: Lattice) -> Lattice:
-            for k, a in enumerate(dropped):
-                l = repeated(l, a, len(shape) + k)
-            return settled(l * weights, scores.shape)
+            return settled(widened(l, dropped) * weights, scores.shape)
 
         return [env.made(source, [(scores, back)])]
 
@@ -99,7 +96,6 @@ def log_sums(program: Program) -> list[LogSum]:
     """Every log sum exp of a program, with or without a shift by the largest score."""
     maker = {v: op for op in program.ops for v in op.outputs}
     back = walker(maker)
-    casts = frozenset({p.convert_element_type_p, p.copy_p})
     found = []
     for op in program.ops:
         if op.primitive is not p.log_p:
@@ -107,20 +103,20 @@ def log_sums(program: Program) -> list[LogSum]:
         _, total = back(op.inputs[0], PASSED | {p.abs_p})
         if total is None or total.primitive is not p.reduce_sum_p:
             continue
-        _, exponential = back(total.inputs[0], casts)
+        _, exponential = back(total.inputs[0], CASTS)
         if exponential is None or exponential.primitive is not p.exp_p:
             continue
         axes, scores = tuple(total.params["axes"]), exponential.inputs[0]
         shape, logarithm = program.shape(scores), op.outputs[0]
-        if not _is_reduced(program.shape(logarithm), shape, axes):
+        if not is_reduced(program.shape(logarithm), shape, axes):
             continue
         less = [o for o in program.ops if o.primitive is p.sub_p and o.inputs[0] == scores
                 and back(o.inputs[1])[0] == logarithm]  # fmt: skip
         ends = [op]
-        _, shifted = back(scores, casts)
+        _, shifted = back(scores, CASTS)
         if shifted is not None and shifted.primitive is p.sub_p:
             shift = back(shifted.inputs[1])[0]
-            if _is_reduced(program.shape(shift), shape, axes):  # the same for all scores of a sum, which it leaves
+            if is_reduced(program.shape(shift), shape, axes):  # the same for all scores of a sum, which it leaves
                 scores = shifted.inputs[0]
                 ends = [o for o in program.ops if o.primitive is p.add_p
                         and program.shape(o.outputs[0]) == program.shape(logarithm)
@@ -128,9 +124,3 @@ def log_sums(program: Program) -> list[LogSum]:
         if ends or less:
             found.append(LogSum(scores, axes, tuple(ends), tuple(less)))
     return found
-
-
-def _is_reduced(shape: Sequence[int], before: Sequence[int], axes: Sequence[int]) -> bool:
-    """Whether a shape is another without some axes, or with size 1 there."""
-    apart = tuple(n for a, n in enumerate(before) if a not in axes)
-    return tuple(shape) in (apart, tuple(1 if a in axes else n for a, n in enumerate(before)))

@@ -18,7 +18,7 @@ from fixup_init import quadrature
 from fixup_init.jaxprs import Op, p
 from fixup_init.moments.distributions import distribution, drawn_at, draws, of_positive_sum
 from fixup_init.moments.environment import Environment, NoRule, Rule
-from fixup_init.moments.lattice import Lattice, Profile, repeated, same, settled, total
+from fixup_init.moments.lattice import Lattice, Profile, repeated, same, settled, total, widened
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.values import Source, Value, padded, sole_source
 from fixup_init.quadrature import Quantile
@@ -46,11 +46,7 @@ def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
         source.sum_of = summed, axes, tuple(a for a in range(len(before)) if a not in axes)
 
     def back(l: Lattice) -> Lattice:
-        rank = len(shape)
-        for a in axes:
-            l = repeated(l, a, rank)
-            rank += 1
-        return settled(l, before)
+        return settled(widened(l, axes), before)
 
     return env.made(source, [(value, back)])
 
@@ -133,10 +129,7 @@ def reduce_prod(env: Environment, op: Op, args: list[Value]) -> Value:
     def back(l: Lattice) -> Lattice:
         """The slope is the product of the others; of two entries they have n - 2 factors in common."""
         one, other = l * near ** (n - 1), l * near ** (n - 2) * centre
-        k = len(shape)
-        for a in axes:
-            one, other = repeated(one, a, k), repeated(other, a, k)
-            k += 1
+        one, other = widened(one, axes), widened(other, axes)
         inside = tuple(0 if a in axes else slice(None) for a in range(rank))
         other = np.broadcast_to(other, np.broadcast_shapes(one.shape, other.shape)).copy()
         other[inside] = one[inside]

@@ -11,9 +11,9 @@ import math
 
 from fixup_init.jaxprs import Op, Program, p
 from fixup_init.moments.interpreter import Interpreter
-from fixup_init.moments.lattice import Lattice, repeated, same, settled
+from fixup_init.moments.lattice import Lattice, same, settled, widened
 from fixup_init.moments.polynomials import moments_of
-from fixup_init.moments.softmax import walker
+from fixup_init.moments.softmax import CASTS, is_reduced, walker
 from fixup_init.moments.values import Node, Value, Way, unit
 
 __all__ = ["Root", "roots"]
@@ -40,9 +40,7 @@ class Root:
         direction = Node(next(env.nodes), x.shape, [Way(node, slope=slope)], list(x.terms))
 
         def back(l: Lattice) -> Lattice:
-            for k, a in enumerate(sorted(self.axes) if value.rank < x.rank else ()):
-                l = repeated(l, a, value.rank + k)
-            return settled(l, x.shape)
+            return settled(widened(l, self.axes if value.rank < x.rank else ()), x.shape)
 
         if (source := env.collapse(value)) is None:
             return [value]
@@ -69,12 +67,11 @@ def roots(program: Program) -> list[Root]:
             _, total = back(varied[0])
         if total is None or total.primitive is not p.reduce_sum_p:
             continue
-        _, square = back(total.inputs[0], frozenset({p.convert_element_type_p, p.copy_p}))
+        _, square = back(total.inputs[0], CASTS)
         if square is None or not _squares(square):
             continue
         axes, before = tuple(total.params["axes"]), program.shape(square.inputs[0])
-        apart = tuple(n for a, n in enumerate(before) if a not in axes)
-        if program.shape(op.outputs[0]) in (apart, tuple(1 if a in axes else n for a, n in enumerate(before))):
+        if is_reduced(program.shape(op.outputs[0]), before, axes):
             found.append(Root(square.inputs[0], axes, op))
     return found
 

@@ -51,6 +51,9 @@ PASSED = frozenset({
 })  # fmt: skip
 
 
+CASTS = frozenset({p.convert_element_type_p, p.copy_p})
+
+
 Back = Callable[..., tuple[int, Op | None]]
 
 
@@ -63,6 +66,12 @@ def walker(maker: Mapping[int, Op]) -> Back:
         return value, op
 
     return back
+
+
+def is_reduced(shape: Sequence[int], before: Sequence[int], axes: Sequence[int]) -> bool:
+    """Whether a shape is another without some axes, or with size 1 there."""
+    apart = tuple(n for a, n in enumerate(before) if a not in axes)
+    return tuple(shape) in (apart, tuple(1 if a in axes else n for a, n in enumerate(before)))
 
 
 def softmaxes(program: Program) -> list[Softmax]:
@@ -78,10 +87,10 @@ def softmaxes(program: Program) -> list[Softmax]:
         if op.primitive is not p.div_p:
             continue
         _, divisor = back(op.inputs[1])
-        above, exponential = back(op.inputs[0], frozenset({p.convert_element_type_p, p.copy_p}))
+        above, exponential = back(op.inputs[0], CASTS)
         if divisor is None or divisor.primitive is not p.reduce_sum_p or exponential is None:
             continue
-        if back(divisor.inputs[0], frozenset({p.convert_element_type_p, p.copy_p}))[0] != above:
+        if back(divisor.inputs[0], CASTS)[0] != above:
             continue
         if exponential.primitive is not p.exp_p:
             continue
