@@ -5,9 +5,10 @@ embedding of a time, the outer skips of a U-Net. Two blocks with the same steps,
 function, so time to the first result is tracing plus a constant, whatever the depth. The backward pass recomputes one
 block at a time, so memory is one activation for each cut plus one block.
 
-A tap shows an activation, and its cotangent: an identity with a slot as second argument returns what arrives as the
-slot's own cotangent, so that one backward pass gives them all. They are results of the block, measured by functions
-that compile once for each shape. In the body of a scan, where they would be stacked, statistics are taken in place.
+A tap looks at an activation, and at its cotangent: an identity with a slot as second argument returns what it saw of
+the cotangent as the slot's own, so that one backward pass gives them all. In the block it sums over the array and takes
+some entries, which the compiler does beside other work; the rest of the statistics is done for several taps at once. In
+the body of a scan, where entries would be stacked, all is done in place.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Shaped
 
 from fixup_init import jaxprs
 from fixup_init.compiled import jitted
+from fixup_init.gathering import Gathering
 from fixup_init.graph import Graph
 from fixup_init.jaxprs import Op
-from fixup_init.statistics import SIZE, Layout, measure, norm
+from fixup_init.statistics import SIZE, Layout, gather, measure, norm
 
 __all__ = ["Block", "Pulled", "backward", "cut", "forward"]
 
@@ -215,31 +217,22 @@ def _scan_signature(step: Op) -> Any:
 # --- one block, on arrays -------------------------------------------------------------------------------------------
 
 
-@jax.custom_vjp
-def _show(x: Shaped[Array, "..."], slot: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """x; the cotangent of `slot` is that of x."""
-    del slot
-    return x
-
-
-_show.defvjp(lambda x, slot: (x, None), lambda _, ct: (ct, ct))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _tap(x: Shaped[Array, "..."], slot: Float[Array, "12"], layout: Layout) -> Shaped[Array, "..."]:
-    """x; the cotangent of `slot` is the statistics of the cotangent of x."""
-    del slot, layout
+def _tap(x: Shaped[Array, "..."], slot: Any, look: Callable[[Array], Any]) -> Shaped[Array, "..."]:
+    """x; the cotangent of `slot` is what `look` sees of the cotangent of x."""
+    del slot, look
     return x
 
 
-_tap.defvjp(lambda x, slot, layout: (x, None), lambda layout, _, ct: (ct, measure(ct, layout._replace(limits=None))))
+_tap.defvjp(lambda x, slot, look: (x, None), lambda look, _, ct: (ct, look(ct)))
 
 
 def _run(
     steps: Iterable[Op], env: dict[int, Any], taps: Mapping[int, Layout], slots: Mapping[int, Any] | None,
     scanned: bool = False,
 ) -> dict[int, Any]:  # fmt: skip
-    """Evaluates steps in `env`; returns the tapped values, of those in scans the statistics, stacked by pass."""
+    """Evaluates steps in `env`; returns what the taps saw, of those in scans the statistics, stacked by pass."""
+    look = measure if scanned else gather
     seen: dict[int, Any] = {}
     for step in steps:
         args = [env[v] for v in step.inputs]
@@ -254,15 +247,16 @@ def _run(
             seen.update(inner)
         for v, out in zip(step.outputs, outs, strict=True):
             if v in taps:
-                seen[v] = measure(out, taps[v]) if scanned else out
-                if slots is not None:
-                    out = _tap(out, slots[v], taps[v]) if scanned else _show(out, slots[v])
+                if slots is None:
+                    seen[v] = look(out, taps[v])
+                else:
+                    out = _tap(out, slots[v], functools.partial(look, layout=taps[v]._replace(limits=None)))
             env[v] = out
     return seen
 
 
 def _function(graph: Graph, block: Block) -> Callable[..., tuple[list[Any], list[Any]]]:
-    """(activations, externals, slots or None) -> (results, what the taps see, in order)."""
+    """(activations, externals, slots or None) -> (results, what the taps see, in order, but where there are slots)."""
     taps = dict(block.taps)
     literals = {
         v: graph.program.constants[v]
@@ -277,7 +271,7 @@ def _function(graph: Graph, block: Block) -> Callable[..., tuple[list[Any], list
         env.update(zip(block.externals, externals, strict=True))
         at = dict(zip((v for v, _ in block.taps), slots, strict=True)) if slots is not None else None
         seen = _run(block.steps, env, taps, at)
-        return [env[v] for v in block.outputs], [seen[v] for v, _ in block.taps]
+        return [env[v] for v in block.outputs], [seen[v] for v, _ in block.taps] if slots is None else []
 
     return run
 
@@ -311,10 +305,9 @@ def _pull(graph: Graph, block: Block, wanted: tuple[int, ...]) -> Callable[..., 
 
 def _pullback(graph: Graph, block: Block, wanted: tuple[int, ...]) -> Callable[..., Any]:
     run = _function(graph, block)
-    shapes = [_slot(graph, v) for v, _ in block.taps]
 
     def pull(inputs: Sequence[Any], externals: Sequence[Any], cotangents: Sequence[Any]) -> Any:
-        slots = [jnp.zeros(*shape) for shape in shapes]
+        slots = [slot(graph, v, layout) for v, layout in block.taps]
         smooth = [k for k, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
         asked = [k for k, want in enumerate(wanted) if want != _NOTHING]
 
@@ -356,16 +349,17 @@ def forward(
       Activations at the cuts (the model's inputs and results included), and measured statistics, by value.
     """
     env: dict[int, Any] = {**graph.program.constants, **values}
-    measured: dict[int, Any] = {}
+    measured = Gathering()
     for k, block in enumerate(blocks):
         run = compiled(graph, block)
         outs, found = run([env[v] for v in block.inputs], [env[v] for v in block.externals])
         env.update(zip(block.outputs, outs, strict=True))
-        _measure(graph, block, found, measured)
+        for (v, layout), one in zip(block.taps, found, strict=True):
+            measured.add(v, one, layout.limits)
         if progress is not None:
             progress(k + 1, len(blocks))
     _complete(graph, env)
-    return env, jax.device_get(measured)
+    return env, measured.read()
 
 
 def _complete(graph: Graph, env: dict[int, Any]) -> None:
@@ -414,7 +408,7 @@ def backward(
       gradients: parameters whose gradient is wanted.
     """
     pulled: dict[int, Any] = dict(cotangents)
-    measured: dict[int, Any] = {}
+    measured = Gathering()
     sized, summed = dict.fromkeys(norms), dict.fromkeys(gradients)
     sizes: dict[int, Any] = {}
     sums: dict[int, Any] = _pulled_aside(graph, env, cotangents, {*sized, *summed})
@@ -444,14 +438,15 @@ def backward(
                     sums[v] = sums[v] + gradient if v in sums else gradient
                 else:
                     sizes[v] = gradient
-            _measure(graph, block, seen, measured, limits=False)
+            for (v, _), one in zip(block.taps, seen, strict=True):
+                measured.add(v, one, None)
         for v in smooth:
             pulled.pop(v, None)  # complete: what reads it came before
         if progress is not None:
             progress(k + 1, len(blocks))
     sizes |= {v: _NORMS(sums[v], env[v]) for v in sized if v in sums}
     return Pulled(
-        {v: pulled[v] for v in graph.inputs if v in pulled}, jax.device_get(measured), jax.device_get(sizes),
+        {v: pulled[v] for v in graph.inputs if v in pulled}, measured.read(), jax.device_get(sizes),
         {v: sums[v] for v in summed if v in sums},
     )  # fmt: skip
 
@@ -476,21 +471,12 @@ def _pulled_aside(
     return dict(zip(leaves, pullback([cotangents[v] for v in ends])[0], strict=True)) if leaves else {}
 
 
-def _slot(graph: Graph, value: int) -> tuple[tuple[int, ...], Any]:
-    passes = _passes(graph, value)
-    return ((*passes, SIZE), jnp.float32) if passes else (graph.program.shape(value), graph.program.dtype(value))
-
-
-def _measure(graph: Graph, block: Block, seen: Sequence[Any], measured: dict[int, Any], limits: bool = True) -> None:
-    """Statistics of what the taps of a block saw."""
-    for (v, layout), found in zip(block.taps, seen, strict=True):
-        layout = layout if limits else layout._replace(limits=None)
-        measured[v] = found if _passes(graph, v) else measured_alone(found, layout)
-
-
-def measured_alone(x: Array, layout: Layout) -> Array:
-    """`measure`, compiled once for each shape and layout."""
-    return jitted(("measure", x.shape, x.dtype, layout), lambda: functools.partial(measure, layout=layout))(x)
+def slot(graph: Graph, value: int, layout: Layout) -> Any:
+    """Zeros of the shapes that a tap returns."""
+    if passes := _passes(graph, value):
+        return jnp.zeros((*passes, SIZE))
+    like = jax.ShapeDtypeStruct(graph.program.shape(value), graph.program.dtype(value))
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda x: gather(x, layout), like))
 
 
 def _norms(gradient: Array, parameter: Array, leading: int) -> Array:

@@ -13,6 +13,7 @@ import numpy as np
 
 from fixup_init import blocks, frameworks, statistics, taps
 from fixup_init.frameworks import ModelError
+from fixup_init.gathering import Gathering
 from fixup_init.propagation import Propagation, Row, Weight
 from fixup_init.structure import of_trace
 from fixup_init.tracing import Traced
@@ -88,11 +89,12 @@ def run(
         graph, setup.blocks, env, starting, report("backward"), sized, leaves if gradients else ()
     )  # fmt: skip
     backward = dict(pulled.statistics)
-    for v in graph.inputs:
-        if v in setup.layouts:
-            forward[v] = np.asarray(blocks.measured_alone(env[v], setup.layouts[v]))
-            if v in pulled.cotangents:
-                backward[v] = np.asarray(blocks.measured_alone(pulled.cotangents[v], setup.layouts[v]))
+    for statistics_of, arrays in ((forward, env), (backward, pulled.cotangents)):
+        gathering = Gathering()
+        for v in graph.inputs:
+            if v in setup.layouts and v in arrays:
+                gathering.add_array(v, arrays[v], setup.layouts[v])
+        statistics_of |= gathering.read()
     rows: list[Row] = []
     sums = 0
     counted: set[tuple[int, tuple[int, ...]]] = set()

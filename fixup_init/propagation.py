@@ -29,10 +29,11 @@ class Statistics:
     """Of one array; NaN is a figure that is not known.
 
     Attributes:
-      mean: over all entries.
+      mean: over all entries. In an array of more than 16,384, this and the next two are those of some entries where the
+        variance is less than a thousandth of the squared mean or squares leave float32; all others always are.
       variance: over all entries, around that mean.
       squared_channel_mean: mean over channels of the squared mean of a channel.
-      finite: fraction of finite entries; the other figures are NaN where it is below 1.
+      finite: fraction of finite entries, below 1 if any is not finite; the other figures are NaN there.
       zeros: fraction of entries that are exactly zero.
       saturated: fraction of entries within 1 % of a limit of a nonlinearity that has two.
       example_cosine: mean cosine of the angle between two examples, in [-1/(n-1), 1]; 1 where all are alike.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,12 @@ from jaxtyping import Array, Float, Shaped
 
 from fixup_init.propagation import Statistics
 
-__all__ = ["SIZE", "Layout", "measure", "norm", "read", "read_norm"]
+__all__ = ["SIZE", "Gathered", "Layout", "finish", "gather", "measure", "norm", "read", "read_norm"]
 
 SIZE = 12
 _VECTORS = 64  # for the effective rank
-_ENTRIES = 2**14  # for all but mean, variance, channel means and finite entries
+_ENTRIES = 2**14  # for all but mean, variance and channel means
+_DIGITS = 1024  # of the second moment over a variance that is found as its difference from the squared mean
 
 
 class Layout(NamedTuple):
@@ -37,60 +40,86 @@ class Layout(NamedTuple):
     limits: tuple[float, float] | None = None
 
 
-def measure(x: Shaped[Array, "..."], layout: Layout) -> Float[Array, "12"]:
-    """Statistics of an array, scaled so that a signal near the edge of its dtype does not overflow in its square.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["sums", "squares", "some"], meta_fields=["entries"])
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """What one pass over an array leaves for its statistics; a tree, whose leaves may also be shapes or several arrays.
 
-    Mean, variance, channel means and finite entries are those of all entries; the others of a large array are taken at
-    positions that are spread evenly over it.
+    Attributes:
+      sums: of all entries, [channel]; None where `some` holds them all.
+      squares: their sums likewise.
+      some: entries, [example, position, channel], of a large array at positions spread evenly over it.
+      entries: how many there are in all.
+    """
+
+    sums: Any
+    squares: Any
+    some: Any
+    entries: int
+
+
+def measure(x: Shaped[Array, "..."], layout: Layout) -> Float[Array, "12"]:
+    """Statistics of an array: `finish` after `gather`."""
+    return finish(gather(x, layout), layout.limits)
+
+
+def gather(x: Shaped[Array, "..."], layout: Layout) -> Gathered:
+    """Sums over all entries, and some of them: little enough work to be done where the array is made.
 
     Args:
       x: any floating or complex dtype; computed in float32 or wider.
       layout: of its axes.
+    """
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x, layout = jnp.stack([x.real, x.imag]), _shifted(layout)
+    if jnp.finfo(x.dtype).bits < 32:  # a compiler might skip a rounding that is undone at once, and with it an overflow
+        x = jax.lax.optimization_barrier(x)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x, example, channel = _split(x, layout)
+    some = _some(x, example, channel, _ENTRIES)
+    some = jnp.moveaxis(some, (example, channel), (0, -1)).reshape(some.shape[example], -1, some.shape[channel])
+    if some.size == x.size:
+        return Gathered(None, None, some, x.size)
+    others = tuple(a for a in range(x.ndim) if a != channel)
+    return Gathered(x.sum(others), jnp.square(x).sum(others), some, x.size)
+
+
+def finish(gathered: Gathered, limits: tuple[float, float] | None) -> Float[Array, "12"]:
+    """The statistics of what `gather` found, scaled so that none leaves the range of its dtype.
+
+    Mean, variance and channel means are those of all entries, but where their squares leave float32's range, or the
+    variance is so much smaller than the squared mean that their difference loses digits; there, as everything else,
+    they are those of some entries. One entry of all that is not finite is seen.
+
+    Args:
+      gathered: of one array.
+      limits: of the nonlinearity that made the array, if it has two.
 
     Returns:
       The scale s, then what `Statistics` has, in its order, mean and moments in units of s and s^2.
     """
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        x, layout = jnp.stack([x.real, x.imag]), _shifted(layout)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    x, example, channel = _split(x, layout)
-    some = _some(x, example, channel, _ENTRIES)
-    numbers = (*_moments(x, example, channel), (some == 0).mean(), _saturated(some, layout.limits))
-    some = some / _scale(jnp.abs(some).max(initial=0))
-    vectors = jnp.moveaxis(some, (example, channel), (0, -1)).reshape(some.shape[example], -1, some.shape[channel])
-    numbers = (*numbers, _cosine(vectors), _rank(some, example, channel), *_shares(vectors))
+    some = gathered.some
+    zeros, saturated, scale = (some == 0).mean(), _saturated(some, limits), _scale(jnp.abs(some).max(initial=0))
+    finite = 1 - (~jnp.isfinite(some)).mean(dtype=some.dtype)  # a mean of ones may round to less than 1
+    x = some / scale
+    mid = x.mean()
+    moments = (scale, mid, jnp.square(x - mid).mean(), jnp.square(x.mean((0, 1))).mean())
+    if gathered.sums is not None:
+        means = gathered.sums * (some.shape[2] / gathered.entries)
+        second = gathered.squares.sum() / gathered.entries
+        variance = second - jnp.square(means.mean())
+        trusted = (second > 1e-32) & (second < 1e28) & (variance > second / _DIGITS)
+        over_all = (jnp.ones((), x.dtype), means.mean(), variance, jnp.square(means).mean())
+        moments = tuple(jnp.where(trusted, a, b) for a, b in zip(over_all, moments, strict=True))
+        # Where all are far from the largest number, their sum is finite unless one of them is not.
+        elsewhere = (scale < 1e30) & ~jnp.isfinite(means).all()
+        finite = jnp.where(elsewhere, jnp.minimum(finite, 1 - 1 / some.size), finite)
+    numbers = (*moments, finite, zeros, saturated, _cosine(x), _rank(x), *_shares(x))
     return jnp.stack([jnp.asarray(n, jnp.float32) for n in numbers])
 
 
-def _moments(x: Array, example: int, channel: int) -> list[Array]:
-    """The scale s, mean / s, variance / s^2, mean of the squared channel means / s^2, fraction of finite entries.
-
-    One pass over the array gives the sums of x and x^2 with s = 1. Where x^2 is out of float32's range, or the variance
-    is so much smaller than the squared mean that their difference loses digits, further passes centre and scale first.
-    """
-    others = tuple(a for a in range(x.ndim) if a not in (example, channel))
-    size = max(x.size, 1)
-
-    def packed(scale: Array, sums: Array, variance: Array, finite: Array) -> list[Array]:
-        channels = sums.sum(example) * (x.shape[channel] / size)
-        return [scale, sums.sum() / size, variance, jnp.square(channels).mean(), finite]
-
-    def careful() -> list[Array]:
-        finite = jnp.isfinite(x)
-        scale = _scale(jnp.abs(jnp.where(finite, x, 0)).max(initial=0))
-        unit = x * (1 / scale)
-        sums = unit.sum(others, keepdims=True)
-        return packed(scale, sums, jnp.square(unit - sums.sum() / size).sum() / size, finite.mean(dtype=x.dtype))
-
-    sums, second = x.sum(others, keepdims=True), jnp.square(x).sum() / size
-    variance = second - jnp.square(sums.sum() / size)
-    trusted = (second > 1e-25) & (second < 1e25) & (variance > second / 8)
-    one = jnp.ones((), x.dtype)
-    return jax.lax.cond(trusted, lambda: packed(one, sums, variance, one), careful)
-
-
 def read(measured: np.ndarray) -> Statistics:
-    """The numbers that `measure` packed, as Python floats (whose range a float32's square cannot leave)."""
+    """The numbers that `finish` packed, as Python floats (whose range a float32's square cannot leave)."""
     scale, mean, variance, channels, finite, *rest = (float(v) if v == v else math.nan for v in measured)
     if finite < 1:
         return Statistics(math.nan, math.nan, math.nan, finite)
@@ -174,10 +203,9 @@ def _shares(x: Array) -> list[Array]:
     return [jnp.square(one - mid).mean() / spread for one in means]
 
 
-def _rank(x: Array, example: int, channel: int) -> Array | float:
-    """(trace G)^2 / |G|^2 of the Gram matrix of some channel vectors."""
-    x = _some(x, example, channel, _VECTORS * x.shape[channel])
-    rows = jnp.moveaxis(x, channel, -1).reshape(-1, x.shape[channel])
+def _rank(x: Array) -> Array:
+    """(trace G)^2 / |G|^2 of the Gram matrix of some channel vectors of (example, position, channel)."""
+    rows = _some(x, 0, 2, _VECTORS * x.shape[2]).reshape(-1, x.shape[2])
     gram = jnp.matmul(rows, rows.T, precision="highest")
     squares = jnp.square(gram).sum()
     return jnp.where(squares > 0, jnp.square(jnp.trace(gram)) / jnp.where(squares > 0, squares, 1), jnp.nan)

@@ -17,8 +17,9 @@ from zoo import TOKENS, Encoder, Stacked
 
 import fixup_init as fi
 from fixup_init import taps
+from fixup_init.gathering import Gathering
 from fixup_init.models.resnet import cifar_resnet
-from fixup_init.statistics import Layout, measure, norm, read, read_norm
+from fixup_init.statistics import Layout, gather, measure, norm, read, read_norm
 from fixup_init.tracing import trace
 
 
@@ -100,6 +101,55 @@ def test_one_entry_that_is_not_finite_is_counted() -> None:
     x = jnp.ones((4, 25)).at[1, 3].set(jnp.nan).at[2, 2].set(jnp.inf)
     found = read(np.asarray(measure(x, Layout(1, 0, 4))))
     assert found.finite == pytest.approx(0.98) and math.isnan(found.mean)
+
+
+def large(value: float = 1.0) -> np.ndarray:
+    """More entries than the costlier statistics look at; a number of them that has no exact inverse."""
+    noise = np.random.default_rng(0)
+    return value * (noise.normal(size=(12, 30, 35, 3)) + noise.normal(size=(12, 1, 1, 1)) + noise.normal(size=3) - 4)
+
+
+@pytest.mark.parametrize("size", [1e-14, 1.0, 1e12])
+def test_moments_of_a_large_array_are_those_of_all_entries(size: float) -> None:
+    x = large(size)
+    found = read(np.asarray(measure(jnp.asarray(x, jnp.float32), Layout(3, 0, 12))))
+    assert found.finite == 1
+    assert found.mean == pytest.approx(x.mean(), rel=1e-5)
+    assert found.variance == pytest.approx(x.var(), rel=1e-5)
+    assert found.squared_channel_mean == pytest.approx((x.mean((0, 1, 2)) ** 2).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("size", "shift"), [(1e-25, 0), (1e25, 0), (3e36, 0), (1, 1e3)])
+def test_those_out_of_the_range_of_float32_are_of_some(size: float, shift: float) -> None:
+    x = (large(size) + shift).astype(np.float32)
+    found = read(np.asarray(measure(jnp.asarray(x), Layout(3, 0, 12))))
+    exact = x.astype(np.float64)
+    assert found.finite == 1 and found.mean == pytest.approx(exact.mean(), rel=0.02)
+    assert found.variance == pytest.approx(exact.var(), rel=0.03)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_entry_of_a_large_array_that_is_not_finite_is_seen(bad: float) -> None:
+    x = large()
+    x[5, 17, 1, 2] = bad
+    some = gather(jnp.asarray(x, jnp.float32), Layout(3, 0, 12)).some
+    assert jnp.isfinite(some).all()  # not among those that are looked at
+    found = read(np.asarray(measure(jnp.asarray(x, jnp.float32), Layout(3, 0, 12))))
+    assert 0.99 < found.finite < 1 and math.isnan(found.variance)
+
+
+def test_arrays_are_finished_together() -> None:
+    """More of one shape than are finished at once, fewer of another, and those that differ in limits."""
+    gathering, noise = Gathering(), np.random.default_rng(1)
+    arrays = [jnp.asarray(noise.normal(size=(4, k % 3 + 5)), jnp.float32) for k in range(30)]
+    layouts = [Layout(1, 0, 4, limits=(-1.0, 1.0) if k % 2 else None) for k in range(30)]
+    for k, (x, layout) in enumerate(zip(arrays, layouts, strict=True)):
+        gathering.add_array(k, x, layout)
+    found = gathering.read()
+    assert sorted(found) == list(range(30))
+    for k, (x, layout) in enumerate(zip(arrays, layouts, strict=True)):
+        np.testing.assert_allclose(found[k], measure(x, layout), rtol=1e-5, atol=1e-6)
+        assert math.isnan(read(found[k]).saturated) == (layout.limits is None)
 
 
 def test_norms_leave_float32() -> None:
