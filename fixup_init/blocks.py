@@ -8,7 +8,7 @@ block at a time, so memory is one activation for each cut plus one block.
 A tap looks at an activation, and at its cotangent: an identity with a slot as second argument returns what it saw of
 the cotangent as the slot's own, so that one backward pass gives them all. In the block it sums over the array and takes
 some entries, which the compiler does beside other work; the rest of the statistics is done for several taps at once. In
-the body of a scan, where entries would be stacked, all is done in place.
+the body of a scan, where entries would be stacked, and in the arms of a conditional all is done in place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fixup_init import jaxprs
 from fixup_init.compiled import jitted
 from fixup_init.gathering import Gathering
 from fixup_init.graph import Graph
-from fixup_init.jaxprs import Op
+from fixup_init.jaxprs import Arms, Body, Op
 from fixup_init.statistics import SIZE, Layout, gather, measure, norm
 
 __all__ = ["Block", "Pulled", "backward", "cut", "forward"]
@@ -165,8 +165,8 @@ def _reads(step: Op) -> tuple[int, ...]:
 
 
 def _makes(step: Op) -> Iterable[int]:
-    if step.body is not None:
-        for inner in step.body.steps:
+    for part in step.body.parts if step.body is not None else ():
+        for inner in part:
             yield from _makes(inner)
     yield from step.outputs
 
@@ -189,10 +189,13 @@ def _canonical(
 
     form = []
     for s in steps:
-        line: list[Any] = [_form(s, forms) if s.body is None else _scan_signature(s)]
+        b = s.body
+        line: list[Any] = [_form(s, forms) if b is None else "cond" if isinstance(b, Arms) else _scan_signature(s, b)]
         line.append(tuple(number(v) for v in s.inputs))
-        if s.body is not None:
-            b = s.body
+        if isinstance(b, Arms):
+            for part, results in zip(b.parts, b.results, strict=True):
+                line.append((_canonical(graph, part, numbers, taps, forms), tuple(number(v) for v in results)))
+        elif b is not None:
             line.append(tuple(number(v) for v in (*b.consts, *b.carry, *b.xs)))
             line.append(_canonical(graph, b.steps, numbers, taps, forms))
             line.append(tuple(number(v) for v in (*b.carry_out, *b.ys)))
@@ -209,9 +212,8 @@ def _form(step: Op, forms: dict[tuple[Any, int], int]) -> int:
     return forms[key]
 
 
-def _scan_signature(step: Op) -> Any:
-    assert step.body is not None
-    return ("scan", step.params["length"], step.params["reverse"], len(step.body.consts), len(step.body.carry))
+def _scan_signature(step: Op, body: Body) -> Any:
+    return ("scan", step.params["length"], step.params["reverse"], len(body.consts), len(body.carry))
 
 
 # --- one block, on arrays -------------------------------------------------------------------------------------------
@@ -229,20 +231,28 @@ _tap.defvjp(lambda x, slot, look: (x, None), lambda look, _, ct: (ct, look(ct)))
 
 def _run(
     steps: Iterable[Op], env: dict[int, Any], taps: Mapping[int, Layout], slots: Mapping[int, Any] | None,
-    scanned: bool = False,
+    inside: bool = False,
 ) -> dict[int, Any]:  # fmt: skip
-    """Evaluates steps in `env`; returns what the taps saw, of those in scans the statistics, stacked by pass."""
-    look = measure if scanned else gather
+    """Evaluates steps in `env`; returns what the taps saw.
+
+    Of those inside of scans and conditionals it is the statistics: stacked by pass, and zeros in arms that do not run.
+    """
+    look = measure if inside else gather
     seen: dict[int, Any] = {}
     for step in steps:
         args = [env[v] for v in step.inputs]
         if step.body is None:
             outs: Sequence[Any] = jaxprs.bind(step, args)
+        elif isinstance(step.body, Arms):
+            blank = {v: jnp.zeros((*n, SIZE)) for v, n in _inner(step) if v in taps} if slots is None else {}
+            outs, inner = jaxprs.run_arms(
+                step, env, lambda s, local, blank=blank: blank | _run(s, local, taps, slots, inside=True)
+            )
+            seen.update(inner)
         else:
-            inside = [v for s in step.body.steps for v in _makes(s) if v in taps]
-            inner_slots = {v: slots[v] for v in inside} if slots is not None else None
+            inner_slots = {v: slots[v] for v, _ in _inner(step) if v in taps} if slots is not None else None
             outs, inner = jaxprs.run_scan(
-                step, args, env, inner_slots, lambda s, local, at: _run(s, local, taps, at, scanned=True)
+                step, args, env, inner_slots, lambda s, local, at: _run(s, local, taps, at, inside=True)
             )
             seen.update(inner)
         for v, out in zip(step.outputs, outs, strict=True):
@@ -255,13 +265,21 @@ def _run(
     return seen
 
 
+def _inner(step: Op) -> Iterable[tuple[int, tuple[int, ...]]]:
+    """Values that the parts of a step make, and the lengths of the scans around each inside of its part."""
+    for inner in (s for part in step.body.parts for s in part) if step.body is not None else ():
+        passes = (inner.params["length"],) if isinstance(inner.body, Body) else ()
+        yield from ((v, (*passes, *more)) for v, more in _inner(inner))
+        yield from ((v, ()) for v in inner.outputs)
+
+
 def _function(graph: Graph, block: Block) -> Callable[..., tuple[list[Any], list[Any]]]:
     """(activations, externals, slots or None) -> (results, what the taps see, in order, but where there are slots)."""
     taps = dict(block.taps)
     literals = {
         v: graph.program.constants[v]
         for s in _all_steps(block.steps)
-        for v in (*_reads(s), *(s.body.carry_out + s.body.ys if s.body else ()))
+        for v in (*_reads(s), *_results(s))
         if _inlined(graph, v)
     }
 
@@ -276,11 +294,18 @@ def _function(graph: Graph, block: Block) -> Callable[..., tuple[list[Any], list
     return run
 
 
+def _results(step: Op) -> Iterable[int]:
+    """Of its body, or of its arms."""
+    if isinstance(step.body, Arms):
+        return itertools.chain(*step.body.results)
+    return (*step.body.carry_out, *step.body.ys) if step.body is not None else ()
+
+
 def _all_steps(steps: Iterable[Op]) -> Iterable[Op]:
     for s in steps:
         yield s
-        if s.body is not None:
-            yield from _all_steps(s.body.steps)
+        for part in s.body.parts if s.body is not None else ():
+            yield from _all_steps(part)
 
 
 # What is wanted of an external's gradient: nothing, the array, or the norms over all axes but as many leading ones.
@@ -473,7 +498,8 @@ def _pulled_aside(
 
 def slot(graph: Graph, value: int, layout: Layout) -> Any:
     """Zeros of the shapes that a tap returns."""
-    if passes := _passes(graph, value):
+    passes, maker = _passes(graph, value), graph.op(graph.node_of[value])
+    if passes or (maker is not None and maker.arm is not None):
         return jnp.zeros((*passes, SIZE))
     like = jax.ShapeDtypeStruct(graph.program.shape(value), graph.program.dtype(value))
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda x: gather(x, layout), like))
@@ -489,7 +515,7 @@ _NORMS = jax.jit(functools.partial(_norms, leading=0))
 def _sliced(steps: Iterable[Op], value: int) -> int:
     """How many scans, one in the other, slice a value; 0 where it is also used in another way."""
     readers = [s for s in steps if value in _reads(s)]
-    if len(readers) != 1 or (body := readers[0].body) is None or readers[0].inputs.count(value) != 1:
+    if len(readers) != 1 or readers[0].inputs.count(value) != 1 or not isinstance(body := readers[0].body, Body):
         return 0
     at = readers[0].inputs.index(value) - len(body.consts) - len(body.carry)
     return 1 + _sliced(body.steps, body.xs[at]) if at >= 0 else 0

@@ -5,7 +5,7 @@ A `Program` holds the same trace at two levels, over one numbering of values:
 - `ops`, fine: jit, remat and custom derivatives are inlined, a scan body appears once between markers, every arm of
   a conditional appears before a `CHOOSE` marker. The graph, order and moment domains read these.
 - `steps`, coarse: what can be bound with arrays. A custom derivative stays one call, because its rule is not the
-  derivative of its body (relu at 0), and a scan holds the steps of its body.
+  derivative of its body (relu at 0), a scan holds the steps of its body, and a conditional those of its arms.
 
 The result of an inlined call has the number of the value it returns, so a value found in `ops` can be tapped in
 `steps`. This is the only module that touches `jax.extend`.
@@ -27,8 +27,8 @@ from jax.extend.core import Literal, Primitive
 from jax.extend.core import primitives as p
 
 __all__ = [
-    "Arm", "Body", "Loop", "Marker", "Op", "Program", "UnknownPrimitiveError", "bind", "collectives", "evaluate",
-    "flatten", "is_cast", "is_platform", "is_ragged_dot", "jaxpr_of", "opaque",
+    "Arm", "Arms", "Body", "Loop", "Marker", "Op", "Program", "UnknownPrimitiveError", "bind", "collectives",
+    "evaluate", "flatten", "is_cast", "is_platform", "is_ragged_dot", "jaxpr_of", "opaque", "run_arms", "run_scan",
 ]  # fmt: skip
 
 
@@ -100,6 +100,19 @@ class Body:
     ys: tuple[int, ...]
     constants: tuple[int, ...]  # constants of the closed body, found in Program.constants
 
+    @property
+    def parts(self) -> tuple[list[Op], ...]:
+        return (self.steps,)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Arms:
+    """The steps of the arms of a conditional and their results; what is made around it they read by its number."""
+
+    parts: tuple[list[Op], ...]
+    results: tuple[tuple[int, ...], ...]
+    constants: tuple[int, ...]  # of the closed arms
+
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Op:
@@ -113,7 +126,7 @@ class Op:
     outer: str = ""  # scope of the calls around it
     label: str = ""  # name of the innermost call inlined around it: "relu", "silu"
     loop: Loop | None = None
-    body: Body | None = None
+    body: Body | Arms | None = None
     arm: Arm | None = None
 
     @property
@@ -174,7 +187,7 @@ class Program:
         return cut if all(v in made for op in cut.steps for v in op.inputs) else None
 
     def made(self) -> set[int]:
-        """The values that its steps make, those in scan bodies included."""
+        """The values that its steps make, those in scan bodies and arms of conditionals included."""
         found = {v for step in self.steps for v in step.outputs}
         for step in self.steps:
             if step.body is not None:
@@ -210,11 +223,13 @@ def _fixed(ops: list[Op], constants: Mapping[int, Any]) -> list[Op]:
         if any(v in constants for v in op.outputs):
             continue
         if op.body is not None:
-            made = tuple(v for v in _made(op.body) if v in constants)
-            body = dataclasses.replace(
-                op.body, steps=_fixed(op.body.steps, constants), constants=(*op.body.constants, *made)
-            )
-            op = dataclasses.replace(op, body=body)
+            held = (*op.body.constants, *(v for v in _made(op.body) if v in constants))
+            if isinstance(op.body, Arms):
+                parts = tuple(_fixed(part, constants) for part in op.body.parts)
+                op = _with_arms(op, Arms(parts, op.body.results, held))
+            else:
+                body = dataclasses.replace(op.body, steps=_fixed(op.body.steps, constants), constants=held)
+                op = dataclasses.replace(op, body=body)
         kept.append(op)
     return kept
 
@@ -374,18 +389,24 @@ class _Flattener:
         branches = eqn.params["branches"]
         switch = self.switches
         self.switches += 1
+        first_value = len(self.avals)
+        parts: tuple[list[Op], ...] = tuple([] for _ in branches)
         arms = [
             self.run(
-                _open(arm), _consts(arm), args, [],
+                _open(arm), _consts(arm), args, part,
                 dataclasses.replace(outside, arm=Arm(switch, k, len(branches), at.arm)),
             )
-            for k, arm in enumerate(branches)
+            for k, (arm, part) in enumerate(zip(branches, parts, strict=True))
         ]  # fmt: skip
+        held = tuple(v for v in self.constants if v >= first_value)
         results = [
             self.mark(CHOOSE, (*(arm[k] for arm in arms), index), var.aval, eqn.source_info, outside, switch=switch)
             for k, var in enumerate(eqn.outvars)
         ]
-        steps.append(_step(eqn, inputs, results, at))
+        step = _step(eqn, inputs, results, at)
+        if eqn.params.get("branches_platforms") is None:  # else not every arm need be one that this platform can run
+            step = _with_arms(step, Arms(parts, tuple(map(tuple, arms)), held))
+        steps.append(step)
         return results
 
     def _shards(self, eqn: Any, inputs: list[int], steps: list[Op], at: _Where) -> list[int]:
@@ -545,6 +566,8 @@ def _evaluate(steps: Iterable[Op], env: dict[int, Any]) -> None:
         args = [env[v] for v in step.inputs]
         if step.body is None:
             outs = bind(step, args)
+        elif isinstance(step.body, Arms):
+            outs, _ = run_arms(step, env, _evaluate)
         else:
             outs, _ = run_scan(step, args, env, None, lambda steps, local, _: _evaluate(steps, local))
         env.update(zip(step.outputs, outs, strict=True))
@@ -566,7 +589,7 @@ def run_scan(
       The step's results, and what `run` returned, stacked.
     """
     body = step.body
-    assert body is not None
+    assert isinstance(body, Body)
     n_consts, n_carry = len(body.consts), len(body.carry)
     held = {v: env[v] for v in (*body.consts, *body.constants) if v in env}
 
@@ -581,6 +604,29 @@ def run_scan(
         length=step.params["length"], reverse=step.params["reverse"],
     )  # fmt: skip
     return [*carry, *ys], found
+
+
+def run_arms(step: Op, env: dict[int, Any], run: Callable[[list[Op], dict[int, Any]], Any]) -> tuple[list[Any], Any]:
+    """Runs a conditional whose arms are evaluated by `run(steps, local values)`.
+
+    Args:
+      step: a step with arms.
+      env: values around it.
+      run: evaluates the steps of an arm in place; what it returns has the same shapes in each arm.
+
+    Returns:
+      The step's results, and what `run` returned for the arm that was taken.
+    """
+    arms = step.body
+    assert isinstance(arms, Arms)
+
+    def one(part: list[Op], results: tuple[int, ...]) -> tuple[list[Any], Any]:
+        local = dict(env)
+        found = run(part, local)
+        return [local[v] for v in results], found
+
+    taken = [functools.partial(one, *arm) for arm in zip(arms.parts, arms.results, strict=True)]
+    return jax.lax.switch(env[step.inputs[0]], taken)
 
 
 def bind(op: Op, args: Sequence[Any]) -> list[Any]:
@@ -646,7 +692,9 @@ def _alive_steps(steps: list[Op], outputs: Iterable[int]) -> list[Op]:
     kept = []
     for step in reversed(steps):
         if not needed.isdisjoint(step.outputs):
-            if step.body is not None:
+            if isinstance(step.body, Arms):
+                step = _alive_arms(step, step.body, needed)
+            elif step.body is not None:
                 step = _alive_scan(step, step.body, needed)
             needed.update(step.inputs)
             kept.append(step)
@@ -683,9 +731,28 @@ def _alive_scan(step: Op, body: Body, needed: set[int]) -> Op:
     )  # fmt: skip
 
 
-def _made(body: Body) -> set[int]:
-    found = {*body.carry, *body.xs}.union(*(step.outputs for step in body.steps))
-    return found.union(*(_made(step.body) for step in body.steps if step.body is not None))
+def _alive_arms(step: Op, arms: Arms, needed: set[int]) -> Op:
+    """A conditional without the results that nothing needs, and without what only they need."""
+    kept = [k for k, v in enumerate(step.outputs) if v in needed]
+    results = tuple(tuple(arm[k] for k in kept) for arm in arms.results)
+    parts = tuple(_alive_steps(part, ends) for part, ends in zip(arms.parts, results, strict=True))
+    step = dataclasses.replace(step, outputs=tuple(step.outputs[k] for k in kept))
+    return _with_arms(step, Arms(parts, results, arms.constants))
+
+
+def _with_arms(step: Op, arms: Arms) -> Op:
+    """A conditional with other arms; its inputs are its index and what these read."""
+    inside = _made(arms) | set(arms.constants)
+    read = [v for part in arms.parts for op in part for v in op.inputs]
+    read += [v for arm in arms.results for v in arm]
+    inputs = (step.inputs[0], *dict.fromkeys(v for v in read if v not in inside))
+    return dataclasses.replace(step, inputs=inputs, body=arms)
+
+
+def _made(body: Body | Arms) -> set[int]:
+    steps = [step for part in body.parts for step in part]
+    found = {*body.carry, *body.xs} if isinstance(body, Body) else set[int]()
+    return found.union(*(step.outputs for step in steps), *(_made(s.body) for s in steps if s.body is not None))
 
 
 def _rewire(ops: list[Op], instead: dict[int, int]) -> list[Op]:
@@ -695,6 +762,11 @@ def _rewire(ops: list[Op], instead: dict[int, int]) -> list[Op]:
     result = []
     for op in ops:
         body = op.body
+        if isinstance(body, Arms):
+            parts = tuple(_rewire(part, instead) for part in body.parts)
+            arms = Arms(parts, tuple(map(swap, body.results)), body.constants)
+            result.append(_with_arms(dataclasses.replace(op, inputs=swap(op.inputs)), arms))
+            continue
         if body is not None:
             body = dataclasses.replace(
                 body, steps=_rewire(body.steps, instead), carry_out=swap(body.carry_out), ys=swap(body.ys)

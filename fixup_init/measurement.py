@@ -14,7 +14,7 @@ import numpy as np
 from fixup_init import blocks, frameworks, statistics, taps
 from fixup_init.frameworks import ModelError
 from fixup_init.gathering import Gathering
-from fixup_init.propagation import Propagation, Row, Weight
+from fixup_init.propagation import NOT_RUN, Propagation, Row, Weight
 from fixup_init.structure import of_trace
 from fixup_init.tracing import Traced
 
@@ -99,15 +99,17 @@ def run(
     sums = 0
     counted: set[tuple[int, tuple[int, ...]]] = set()
     for tap, at in taps.unrolled(setup.taps):
-        if tap.kind == "sum" and (tap.value, at) not in counted:
+        ran = bool(forward[tap.value][at][0])
+        if ran and tap.kind == "sum" and (tap.value, at) not in counted:
             counted.add((tap.value, at))
             sums += 1
         rows.append(
             Row(
                 tap.kind, tap.name, tap.scope, sums, program.shape(tap.value), str(program.dtype(tap.value)),
-                at[-1] if at else None, statistics.read(forward[tap.value][at]),
-                statistics.read(backward[tap.value][at]) if tap.value in backward else None,
+                at[-1] if at else None, statistics.read(forward[tap.value][at]) if ran else None,
+                statistics.read(backward[tap.value][at]) if ran and tap.value in backward else None,
                 _weight([pulled.norms[v] for v in tap.leaves if v in pulled.norms], at),
+                "" if ran else NOT_RUN,
             )
         )  # fmt: skip
     name = "loss" if loss is not None else setup.probe

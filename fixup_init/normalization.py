@@ -80,15 +80,15 @@ def check_bypass(graph: Graph, norms: tuple[Norm, ...]) -> None:
     """Refuses where a run on arrays could not bypass a normalization: inside of an operation that is bound whole.
 
     Raises:
-      NotImplementedError: a normalization lies in an arm of a conditional or inside a shard_map.
+      NotImplementedError: a normalization lies inside of a shard_map.
     """
     made = set(graph.program.inputs) | graph.program.made()
     for norm in norms:
         if norm.end not in made or norm.source not in made:
             raise NotImplementedError(
                 f"The normalization in {graph.scope(graph.node_of[norm.core]) or 'the model'!r} lies inside of a "
-                "conditional or a shard_map, which runs as a whole: it cannot be bypassed on arrays. Measure with "
-                'normalization="kept", or give the model without the conditional.'
+                "shard_map, or of an operation for one platform, which runs as a whole: it cannot be bypassed on "
+                'arrays. Measure with normalization="kept", or give the model without it.'
             )
 
 

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fixup_init import jaxprs, moments, schemes, taps
+from fixup_init.branch import arms_of
 from fixup_init.frameworks import ModelError
-from fixup_init.graph import Leaf, ancestors
+from fixup_init.graph import Graph, Leaf, ancestors
 from fixup_init.jaxprs import Op
 from fixup_init.measurement import Probe, probe_values
 from fixup_init.moments import Interpreter, Node, Normalization, Value
 from fixup_init.plan import Entry, Plan
-from fixup_init.propagation import Propagation, Row, Statistics
+from fixup_init.propagation import NOT_RUN, Propagation, Row, Statistics
 from fixup_init.quadrature import Quantile
 from fixup_init.schemes import Scheme
 from fixup_init.structure import of_trace
@@ -117,7 +118,8 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
     sums = 0
     counted: set[tuple[int, tuple[int, ...]]] = set()
     for tap, at in taps.unrolled(tapped):
-        if tap.kind == "sum" and (tap.value, at) not in counted:
+        ran = _runs(graph, interpreter, tap, at)
+        if ran and tap.kind == "sum" and (tap.value, at) not in counted:
             counted.add((tap.value, at))
             sums += 1
         node, value = interpreter.tapped.get(
@@ -125,7 +127,9 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
         )
         forward = backward = None
         notes = set(value.notes)
-        if value.unknown:
+        if not ran:
+            notes = {NOT_RUN}
+        elif value.unknown:
             notes = {value.unknown}
         else:
             spread = spreads[node].deviation if node in spreads else math.nan
@@ -159,6 +163,15 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
         )  # fmt: skip
     return Propagation(
         label, traced.application.name, structure.num_branches, tuple(rows), probe_name, tuple(hidden), "predicted"
+    )
+
+
+def _runs(graph: Graph, interpreter: Interpreter, tap: taps.Tap, at: tuple[int, ...]) -> bool:
+    """Whether the arms of conditionals that a tap stands in may run in a pass."""
+    return all(
+        interpreter.taken.get((arm.switch, at[:n]), arm.index) == arm.index
+        for arm in arms_of(graph, graph.node_of[tap.value]).values()
+        for n in range(len(at) + 1)
     )
 
 

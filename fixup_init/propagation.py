@@ -17,11 +17,12 @@ from fixup_init.plain import plain
 if TYPE_CHECKING:
     from fixup_init.verdicts import Verdict
 
-__all__ = ["Comparison", "Drift", "Propagation", "Row", "Statistics", "Weight"]
+__all__ = ["NOT_RUN", "Comparison", "Drift", "Propagation", "Row", "Statistics", "Weight"]
 
 RowKind = Literal["input", "weight", "nonlinearity", "norm", "branch", "sum", "output"]
 Direction = Literal["forward", "backward"]
 _VERSION = 2
+NOT_RUN = "in an arm of a conditional that did not run"  # the note of such a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,8 @@ class Row:
       shape: of the value.
       dtype: of the value.
       repeat: which pass through a scan body, from 0; None outside of scans.
-      forward: statistics of the activation; None where a prediction does not know them.
+      forward: statistics of the activation; None where a prediction does not know them, and in an arm of a conditional
+        that did not run.
       backward: statistics of its cotangent; None where none was measured.
       weight: norms of the layer's kernel and its gradient, for measured rows of kind "weight".
       note: what to know about the row, in words; '' where there is nothing.
@@ -155,7 +157,7 @@ class Propagation:
       num_branches: L.
       rows: in trace order.
       probe: where the backward pass starts: "output", or "input of the head".
-      unmeasured: what lies inside of a conditional or a shard_map, which runs as a whole: weights and sums by name.
+      unmeasured: what lies inside of a shard_map, which runs as a whole: weights and sums by name.
       kind: "measured" on arrays, or "predicted" from shapes and the plan.
       notes: what to know about the whole, in words.
     """

@@ -121,6 +121,8 @@ def finish(gathered: Gathered, limits: tuple[float, float] | None) -> Float[Arra
 def read(measured: np.ndarray) -> Statistics:
     """The numbers that `finish` packed, as Python floats (whose range a float32's square cannot leave)."""
     scale, mean, variance, channels, finite, *rest = (float(v) if v == v else math.nan for v in measured)
+    if not scale:  # no array was there, or a cotangent that is zero without one
+        return Statistics(0.0, 0.0, 0.0, zeros=1.0)
     if finite < 1:
         return Statistics(math.nan, math.nan, math.nan, finite)
     return Statistics(mean * scale, variance * scale**2, channels * scale**2, finite, *rest)

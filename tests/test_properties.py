@@ -456,7 +456,6 @@ RESCALED = {
     "resnet110-v2-nnx": "shortcuts that pool and pad",
 }
 NOT_MEASURED = {
-    "layer-drop": "its sums are in arms of a conditional",
     "haiku-vqvae": "its code book is state, and zero here",
 }
 

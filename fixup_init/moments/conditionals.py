@@ -28,7 +28,8 @@ def choose(env: Environment, op: Op, args: list[Value]) -> Value:
     *arms, index = args
     last = len(arms) - 1
     if (k := index.number) is not None:
-        return arms[min(max(round(k), 0), last)]
+        k = env.taken[op.params["switch"], env.at] = min(max(round(k), 0), last)
+        return arms[k]
     shape, rank = arms[0].shape, arms[0].rank
     found = whole(index)
     if found is None:

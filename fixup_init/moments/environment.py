@@ -48,6 +48,7 @@ class Environment:
         self.rows = rows
         self.values: dict[int, Value] = {}
         self.at: tuple[int, ...] = ()  # the pass of every scan around the operation
+        self.taken: dict[tuple[int, tuple[int, ...]], int] = {}  # by number and pass of a conditional
         self.stacks: dict[int, list[Value]] = {}  # by what a scan's body makes: its values in all passes
         self.nodes = itertools.count()
         self.is_weight: Callable[[int], bool] = lambda value: False
@@ -134,6 +135,7 @@ def _calls(steps: Iterable[Op]) -> Iterable[tuple[int, Op]]:
     """Results of calls with a derivative of their own."""
     for step in steps:
         if step.body is not None:
-            yield from _calls(step.body.steps)
+            for part in step.body.parts:
+                yield from _calls(part)
         elif step.primitive is p.custom_jvp_call_p and len(step.outputs) == 1:
             yield step.outputs[0], step
