@@ -241,7 +241,8 @@ def _overflow(propagation: Propagation) -> Iterator[Verdict]:
         before = [r for k in order[: order.index(bad[0])] if (r := propagation.rows[k]) and _rms(r, direction) > 0]
         largest = max(before, key=functools.partial(_rms, direction=direction), default=None)
         what = "signal" if direction == "forward" else "gradient signal"
-        held = f"{1 - s.finite:.0%} of its values are not finite" if s.finite < 1 else f"rms {_rms(row, direction):.3g}"
+        lost = "less than 1%" if s.finite > 0.99 else f"{1 - s.finite:.0%}"
+        held = f"{lost} of its values are not finite" if s.finite < 1 else f"rms {_rms(row, direction):.3g}"
         text = f"The {what} overflows {row.dtype} first at {_where(propagation, bad[0])}: {held}"
         limit = _LARGEST.get(row.dtype, math.inf)
         if largest is not None:

@@ -465,6 +465,16 @@ def test_masks(name: str) -> None:
     assert (np.abs(mean - 1) < 0.05 + 2.5 * error).all()
 
 
+def test_masks_over_too_many_tokens_say_so() -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.MultiHeadDotProductAttention(4)(x, x, mask=nn.make_causal_mask(x[..., 0]))
+
+    few, many = (predict(Net(), vectors(1, n, 64), scheme="lecun").rows[-1].note for n in (256, 257))
+    assert "a mask shows" not in few and "a mask shows" in many
+
+
 def test_where_attention_is_approximate_rows_say_so() -> None:
     rows = {r.name.split("/", 1)[-1]: r.note for r in predict(Encoder(), vectors(4, 16, 64), scheme="lecun").rows[:9]}
     assert "gradient approximate" in rows["query/kernel"] and "gradient approximate" in rows["key/kernel"]

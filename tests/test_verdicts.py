@@ -309,6 +309,11 @@ def test_values_near_the_limit() -> None:
     assert the(_propagation([_sum(0, 1e80)]), "overflow").severity == "error"  # a prediction beyond float32
 
 
+def test_few_values_that_are_not_finite_are_not_none() -> None:
+    rows = [_sum(0, 1.0), dataclasses.replace(_sum(1, 1.0), forward=Statistics(math.nan, math.nan, math.nan, 0.9999))]
+    assert ": less than 1% of its values are not finite" in the(_propagation(rows), "overflow").text
+
+
 # --- gradients of weights -------------------------------------------------------------------------------------------
 
 

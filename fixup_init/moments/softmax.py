@@ -29,6 +29,7 @@ TOKENS = (
     "approximate: attention weights are taken as independent of the values that they weigh; tokens that are alike get "
     "similar weights, so that more is measured unless features are many more than tokens"
 )
+PLACES = "approximate: which of so many keys a mask shows to which queries is not told apart, only how many"
 SCORES = (
     "gradient approximate: the keys of the scores are taken as not alike, so that more is measured unless features of "
     "a head are many more than tokens"
@@ -257,6 +258,7 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
     by_row = counts.size <= PROFILE  # else where a row lies is no matter
     figures = _figures(counts, v, by_row)
     means, *places = _places(seen, counts, axes) if 1 < seen.size <= WIDE else (1.0 / n, np.ones(()), np.ones(()))
+    notes = {TOKENS} if seen.size <= WIDE else {TOKENS, PLACES}
     made, slopes = (np.zeros((2,) * rank + np.broadcast_shapes(figures.shape[2:], np.shape(means))) for _ in range(2))
     for mask in itertools.product((0, 1), repeat=rank):
         if beyond(mask):
@@ -297,4 +299,4 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
                 found[mask] = found[with_keys(mask)]
         return settled(found, shape)
 
-    return env.made(source, [(value, back)], {TOKENS}, back_note=SCORES)
+    return env.made(source, [(value, back)], notes, back_note=SCORES)
