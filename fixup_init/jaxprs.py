@@ -61,10 +61,11 @@ SHARD_OUT = Marker("shard_out")  # what each device returns -> the whole array
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
-    """A scan that ops belong to: its `length`, the markers of its carries, and the scan around it."""
+    """A scan that ops belong to: its `length`, whether it reads from the end, its carries, and the scan around it."""
 
     length: int
     parent: Loop | None
+    reverse: bool = False
     carries: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # (value of CARRY_IN, value carried out)
 
 
@@ -361,7 +362,7 @@ class _Flattener:
         n_carry = sum(a.aval.shape == b.aval.shape for a, b in zip(eqn.outvars, jaxpr.outvars, strict=True))
         n_xs = sum(a.aval.shape != b.aval.shape for a, b in zip(eqn.invars, jaxpr.invars, strict=True))
         n_consts = len(eqn.invars) - n_carry - n_xs
-        loop = Loop(params["length"], at.loop)
+        loop = Loop(params["length"], at.loop, params["reverse"])
         outside = dataclasses.replace(at, scope=_join(at.scope, eqn))
         inside = dataclasses.replace(outside, loop=loop)
         consts, init, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
@@ -373,7 +374,9 @@ class _Flattener:
         outs = self.run(jaxpr, _consts(inner), [*consts, *carry, *slices], passes, inside)
         loop.carries.extend(zip(carry, outs[:n_carry], strict=True))
         results = [
-            self.mark(CARRY_OUT if k < n_carry else STACK_OUT, (out,), var.aval, info, outside)
+            self.mark(CARRY_OUT, (out,), var.aval, info, outside)
+            if k < n_carry
+            else self.mark(STACK_OUT, (out,), var.aval, info, outside, reverse=loop.reverse)
             for k, (out, var) in enumerate(zip(outs, eqn.outvars, strict=True))
         ]
         held = tuple(v for v in self.constants if v >= first_value)

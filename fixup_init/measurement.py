@@ -98,7 +98,8 @@ def run(
     rows: list[Row] = []
     sums = 0
     counted: set[tuple[int, tuple[int, ...]]] = set()
-    for tap, at in taps.unrolled(setup.taps):
+    for tap, passes in taps.unrolled(setup.taps):
+        at = tuple(l.length - 1 - k if l.reverse else k for l, k in zip(tap.loops, passes, strict=True))
         ran = bool(forward[tap.value][at][0])
         if ran and tap.kind == "sum" and (tap.value, at) not in counted:
             counted.add((tap.value, at))
@@ -106,7 +107,7 @@ def run(
         rows.append(
             Row(
                 tap.kind, tap.name, tap.scope, sums, program.shape(tap.value), str(program.dtype(tap.value)),
-                at[-1] if at else None, statistics.read(forward[tap.value][at]) if ran else None,
+                passes[-1] if passes else None, statistics.read(forward[tap.value][at]) if ran else None,
                 statistics.read(backward[tap.value][at]) if ran and tap.value in backward else None,
                 _weight([pulled.norms[v] for v in tap.leaves if v in pulled.norms], at),
                 "" if ran else NOT_RUN,

@@ -14,7 +14,7 @@ from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import PROFILE, Lattice, joined, parted, profile_size, settled, spread
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.rearranging import Move, moved, reshaped_value
-from fixup_init.moments.values import Source, Value, numbers, unknown
+from fixup_init.moments.values import Source, Value, known, numbers, unknown
 
 
 def carry_out(env: Environment, op: Op, args: list[Value]) -> Value:
@@ -26,8 +26,12 @@ def slice_in(env: Environment, op: Op, args: list[Value]) -> Value:
     value = args[0]
     shape = value.shape[1:]
     rank = value.rank
-    at = env.at[-1] if env.at else 0
     n = value.shape[0]
+    at = env.at[-1] if env.at else 0
+    if op.loop is not None and op.loop.reverse:
+        at = n - 1 - at
+    if value.array is not None and not value.slopes:
+        return known(shape, np.take(value.array, min(at, value.array.shape[0] - 1), 0), value.is_constant)
 
     def lattice(l: Lattice) -> Lattice:
         one = np.take(l, 0, 0)
@@ -46,6 +50,8 @@ def stack_out(env: Environment, op: Op, args: list[Value]) -> Value:
     """Results of the passes of a scan, as one array: the passes as a profile."""
     shape = env.program.shape(op.outputs[0])
     parts = env.stacks.get(op.inputs[0], [args[0]] * shape[0])
+    if op.params["reverse"]:
+        parts = parts[::-1]
     bad = next((a for a in parts if a.unknown), None)
     if bad is not None:
         return unknown(shape, bad.unknown)
