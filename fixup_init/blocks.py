@@ -29,8 +29,8 @@ from fixup_init import jaxprs
 from fixup_init.compiled import jitted
 from fixup_init.gathering import Gathering
 from fixup_init.graph import Graph
-from fixup_init.jaxprs import Arms, Body, Op
-from fixup_init.statistics import SIZE, Layout, gather, measure, norm
+from fixup_init.jaxprs import Arms, Body, Op, Shards
+from fixup_init.statistics import SIZE, Layout, combined, gather, measure, norm
 
 __all__ = ["Block", "Pulled", "backward", "cut", "forward"]
 
@@ -190,11 +190,14 @@ def _canonical(
     form = []
     for s in steps:
         b = s.body
-        line: list[Any] = [_form(s, forms) if b is None else "cond" if isinstance(b, Arms) else _scan_signature(s, b)]
+        line: list[Any] = [_scan_signature(s, b) if isinstance(b, Body) else _form(s, forms)]
         line.append(tuple(number(v) for v in s.inputs))
         if isinstance(b, Arms):
             for part, results in zip(b.parts, b.results, strict=True):
                 line.append((_canonical(graph, part, numbers, taps, forms), tuple(number(v) for v in results)))
+        elif isinstance(b, Shards):
+            line.append(tuple(number(v) for v in b.args))
+            line.append((_canonical(graph, b.steps, numbers, taps, forms), tuple(number(v) for v in b.results)))
         elif b is not None:
             line.append(tuple(number(v) for v in (*b.consts, *b.carry, *b.xs)))
             line.append(_canonical(graph, b.steps, numbers, taps, forms))
@@ -226,51 +229,82 @@ def _tap(x: Shaped[Array, "..."], slot: Any, look: Callable[[Array], Any]) -> Sh
     return x
 
 
-_tap.defvjp(lambda x, slot, look: (x, None), lambda look, _, ct: (ct, look(ct)))
+def _seen(look: Callable[[Array], Any], slot: Any, ct: Array) -> tuple[Array, Any]:
+    return ct, jax.tree.map(jnp.add, look(ct), slot)  # the sum differs from device to device if the slot does
+
+
+_tap.defvjp(lambda x, slot, look: (x, slot), _seen)
 
 
 def _run(
     steps: Iterable[Op], env: dict[int, Any], taps: Mapping[int, Layout], slots: Mapping[int, Any] | None,
-    inside: bool = False,
+    zero: Any = None,
 ) -> dict[int, Any]:  # fmt: skip
     """Evaluates steps in `env`; returns what the taps saw.
 
-    Of those inside of scans and conditionals it is the statistics: stacked by pass, and zeros in arms that do not run.
+    Inside of scans, conditionals and shard_maps that is the statistics: stacked by pass, zeros in arms that do not run,
+    and combined over devices. There `zero` is 0, of a type that is one for each device if statistics are.
     """
-    look = measure if inside else gather
+
+    look = gather if zero is None else measure
+
+    def within(steps: list[Op], env: dict[int, Any], slots: Any) -> dict[int, Any]:
+        return _run(steps, env, taps, slots, 0.0 if zero is None else zero)
+
     seen: dict[int, Any] = {}
     for step in steps:
         args = [env[v] for v in step.inputs]
+        inner = {v: passes for v, passes in _inner(step) if v in taps}
+        inner_slots = {v: slots[v] for v in inner} if slots is not None else None
+        found: dict[int, Any] = {}
+        outs: Sequence[Any]
         if step.body is None:
-            outs: Sequence[Any] = jaxprs.bind(step, args)
+            outs = jaxprs.bind(step, args)
+        elif isinstance(step.body, Body):
+            outs, found = jaxprs.run_scan(step, args, env, inner_slots, within)
         elif isinstance(step.body, Arms):
-            blank = {v: jnp.zeros((*n, SIZE)) for v, n in _inner(step) if v in taps} if slots is None else {}
-            outs, inner = jaxprs.run_arms(
-                step, env, lambda s, local, blank=blank: blank | _run(s, local, taps, slots, inside=True)
+            blank = {v: _blank(passes, zero) for v, passes in inner.items()} if slots is None else {}
+            outs, found = jaxprs.run_arms(
+                step, env, lambda s, local, blank=blank, at=inner_slots: blank | within(s, local, at)
             )
-            seen.update(inner)
         else:
-            inner_slots = {v: slots[v] for v, _ in _inner(step) if v in taps} if slots is not None else None
-            outs, inner = jaxprs.run_scan(
-                step, args, env, inner_slots, lambda s, local, at: _run(s, local, taps, at, inside=True)
+            n = jaxprs.devices(step)
+            each = jax.tree.map(lambda slot, n=n: _spread(slot, n), inner_slots)
+            outs, found = jaxprs.run_shards(
+                step, args, env, (each, jnp.zeros(n)), lambda s, local, at: _run(s, local, taps, *at)
             )
-            seen.update(inner)
+            found = jax.tree.map(combined, found)
+        seen.update(found)
         for v, out in zip(step.outputs, outs, strict=True):
             if v in taps:
                 if slots is None:
-                    seen[v] = look(out, taps[v])
+                    seen[v] = look(out, taps[v]) if zero is None else measure(out, taps[v]) + zero
                 else:
                     out = _tap(out, slots[v], functools.partial(look, layout=taps[v]._replace(limits=None)))
             env[v] = out
     return seen
 
 
+def _blank(passes: tuple[int, ...], zero: Any) -> Array:
+    """What a tap sees in an arm that does not run."""
+    return jnp.zeros((*passes, SIZE)) + (0.0 if zero is None else zero)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _spread(slot: Array, n: int) -> Array:
+    """A slot for each of n devices; what they saw is combined."""
+    return jnp.broadcast_to(slot, (n, *slot.shape))
+
+
+_spread.defvjp(lambda slot, n: (_spread(slot, n), None), lambda n, _, seen: (combined(seen),))
+
+
 def _inner(step: Op) -> Iterable[tuple[int, tuple[int, ...]]]:
-    """Values that the parts of a step make, and the lengths of the scans around each inside of its part."""
+    """Values that the parts of a step make, and the lengths of the scans around each, its own included."""
+    passes = (step.params["length"],) if isinstance(step.body, Body) else ()
     for inner in (s for part in step.body.parts for s in part) if step.body is not None else ():
-        passes = (inner.params["length"],) if isinstance(inner.body, Body) else ()
+        yield from ((v, passes) for v in inner.outputs)
         yield from ((v, (*passes, *more)) for v, more in _inner(inner))
-        yield from ((v, ()) for v in inner.outputs)
 
 
 def _function(graph: Graph, block: Block) -> Callable[..., tuple[list[Any], list[Any]]]:
@@ -298,6 +332,8 @@ def _results(step: Op) -> Iterable[int]:
     """Of its body, or of its arms."""
     if isinstance(step.body, Arms):
         return itertools.chain(*step.body.results)
+    if isinstance(step.body, Shards):
+        return step.body.results
     return (*step.body.carry_out, *step.body.ys) if step.body is not None else ()
 
 
@@ -332,7 +368,8 @@ def _pullback(graph: Graph, block: Block, wanted: tuple[int, ...]) -> Callable[.
     run = _function(graph, block)
 
     def pull(inputs: Sequence[Any], externals: Sequence[Any], cotangents: Sequence[Any]) -> Any:
-        slots = [slot(graph, v, layout) for v, layout in block.taps]
+        inside = {v: passes for s in block.steps for v, passes in _inner(s)}
+        slots = [slot(graph, v, layout, inside.get(v)) for v, layout in block.taps]
         smooth = [k for k, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
         asked = [k for k, want in enumerate(wanted) if want != _NOTHING]
 
@@ -496,10 +533,9 @@ def _pulled_aside(
     return dict(zip(leaves, pullback([cotangents[v] for v in ends])[0], strict=True)) if leaves else {}
 
 
-def slot(graph: Graph, value: int, layout: Layout) -> Any:
-    """Zeros of the shapes that a tap returns."""
-    passes, maker = _passes(graph, value), graph.op(graph.node_of[value])
-    if passes or (maker is not None and maker.arm is not None):
+def slot(graph: Graph, value: int, layout: Layout, passes: tuple[int, ...] | None = None) -> Any:
+    """Zeros of the shapes that a tap returns; `passes` of the scans around it where it stands inside of a step."""
+    if passes is not None:
         return jnp.zeros((*passes, SIZE))
     like = jax.ShapeDtypeStruct(graph.program.shape(value), graph.program.dtype(value))
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda x: gather(x, layout), like))
@@ -515,18 +551,19 @@ _NORMS = jax.jit(functools.partial(_norms, leading=0))
 def _sliced(steps: Iterable[Op], value: int) -> int:
     """How many scans, one in the other, slice a value; 0 where it is also used in another way."""
     readers = [s for s in steps if value in _reads(s)]
-    if len(readers) != 1 or readers[0].inputs.count(value) != 1 or not isinstance(body := readers[0].body, Body):
+    if len(readers) != 1 or readers[0].inputs.count(value) != 1:
         return 0
-    at = readers[0].inputs.index(value) - len(body.consts) - len(body.carry)
-    return 1 + _sliced(body.steps, body.xs[at]) if at >= 0 else 0
-
-
-def _passes(graph: Graph, value: int) -> tuple[int, ...]:
-    """Lengths of the scans around a value, outermost first."""
-    maker = graph.op(graph.node_of[value])
-    loop = maker.loop if maker is not None else None
-    lengths: list[int] = []
-    while loop is not None:
-        lengths.append(loop.length)
-        loop = loop.parent
-    return tuple(reversed(lengths))
+    (step,) = readers
+    at = step.inputs.index(value)
+    match step.body:
+        case Body():
+            at -= len(step.body.consts) + len(step.body.carry)
+            return 1 + _sliced(step.body.steps, step.body.xs[at]) if at >= 0 else 0
+        case Arms():
+            returned = any(value in arm for arm in step.body.results)
+            return 0 if returned else _sliced(itertools.chain(*step.body.parts), value)
+        case Shards():
+            split = any(axis is not None for axis in step.params["in_specs"][at][:1])  # its slices
+            return 0 if split else _sliced(step.body.steps, step.body.args[at])
+        case None:
+            return 0

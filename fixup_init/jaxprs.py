@@ -27,8 +27,9 @@ from jax.extend.core import Literal, Primitive
 from jax.extend.core import primitives as p
 
 __all__ = [
-    "Arm", "Arms", "Body", "Loop", "Marker", "Op", "Program", "UnknownPrimitiveError", "bind", "collectives",
-    "evaluate", "flatten", "is_cast", "is_platform", "is_ragged_dot", "jaxpr_of", "opaque", "run_arms", "run_scan",
+    "Arm", "Arms", "Body", "Loop", "Marker", "Op", "Program", "Shards", "UnknownPrimitiveError", "bind", "collectives",
+    "devices", "evaluate", "flatten", "is_cast", "is_platform", "is_ragged_dot", "jaxpr_of", "opaque", "run_arms",
+    "run_scan", "run_shards",
 ]  # fmt: skip
 
 
@@ -115,6 +116,21 @@ class Arms:
     constants: tuple[int, ...]  # of the closed arms
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Shards:
+    """The steps that each device of a shard_map runs on its part of the arguments."""
+
+    steps: list[Op]
+    args: tuple[int, ...]
+    results: tuple[int, ...]
+    constants: tuple[int, ...]
+    varying: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # constants that differ by device
+
+    @property
+    def parts(self) -> tuple[list[Op], ...]:
+        return (self.steps,)
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Op:
     """One operation: values in, values out."""
@@ -127,7 +143,7 @@ class Op:
     outer: str = ""  # scope of the calls around it
     label: str = ""  # name of the innermost call inlined around it: "relu", "silu"
     loop: Loop | None = None
-    body: Body | Arms | None = None
+    body: Body | Arms | Shards | None = None
     arm: Arm | None = None
 
     @property
@@ -195,6 +211,10 @@ class Program:
                 found |= _made(step.body)
         return found
 
+    def sharded(self) -> dict[int, int]:
+        """The values that each device of a shard_map has a part of, or a value of its own, and how many devices."""
+        return _sharded(self.steps)
+
     def following(self, values: Iterable[int]) -> set[int]:
         """Everything that depends on some values."""
         found = set(values)
@@ -212,12 +232,12 @@ class Program:
         """The program in which some values are constants."""
         ops = [op for op in self.ops if not any(v in constants for v in op.outputs)]
         fixed = dataclasses.replace(
-            self, ops=ops, steps=_fixed(self.steps, constants), constants={**self.constants, **constants}
+            self, ops=ops, steps=_fixed(self.steps, constants, self.avals), constants={**self.constants, **constants}
         )
         return fixed.returning(self.outputs)
 
 
-def _fixed(ops: list[Op], constants: Mapping[int, Any]) -> list[Op]:
+def _fixed(ops: list[Op], constants: Mapping[int, Any], avals: Sequence[Any]) -> list[Op]:
     """Steps without those that make what is a constant now."""
     kept = []
     for op in ops:
@@ -226,10 +246,14 @@ def _fixed(ops: list[Op], constants: Mapping[int, Any]) -> list[Op]:
         if op.body is not None:
             held = (*op.body.constants, *(v for v in _made(op.body) if v in constants))
             if isinstance(op.body, Arms):
-                parts = tuple(_fixed(part, constants) for part in op.body.parts)
+                parts = tuple(_fixed(part, constants, avals) for part in op.body.parts)
                 op = _with_arms(op, Arms(parts, op.body.results, held))
             else:
-                body = dataclasses.replace(op.body, steps=_fixed(op.body.steps, constants), constants=held)
+                steps = _fixed(op.body.steps, constants, avals)
+                body = dataclasses.replace(op.body, steps=steps, constants=held)
+                if isinstance(body, Shards):
+                    differ = {v: _varying(avals[v]) for v in held if v in constants}
+                    body = dataclasses.replace(body, varying={**body.varying, **differ})
                 op = dataclasses.replace(op, body=body)
         kept.append(op)
     return kept
@@ -428,13 +452,15 @@ class _Flattener:
             self.mark(SHARD_IN, (i,), v.aval, info, inside, parts=parts(spec, len(v.aval.shape)))
             for i, v, spec in zip(inputs, jaxpr.invars, params["in_specs"], strict=True)
         ]
-        outs = self.run(jaxpr, _consts(params["jaxpr"]), args, [], inside)
+        first_value, each = len(self.avals), list[Op]()
+        outs = self.run(jaxpr, _consts(params["jaxpr"]), args, each, inside)
         results = [self.mark(SHARD_OUT, (o,), v.aval, info, inside) for o, v in zip(outs, eqn.outvars, strict=True)]
-        steps.append(_step(eqn, inputs, results, at))
+        held = tuple(v for v in self.constants if v >= first_value)
+        steps.append(_step(eqn, inputs, results, at, Shards(each, tuple(args), tuple(outs), held)))
         return results
 
 
-def _step(eqn: Any, inputs: Sequence[int], outputs: Sequence[int], at: _Where, body: Body | None = None) -> Op:
+def _step(eqn: Any, inputs: Sequence[int], outputs: Sequence[int], at: _Where, body: Body | Shards | None = None) -> Op:
     return Op(
         eqn.primitive, tuple(inputs), tuple(outputs), eqn.params, eqn.source_info, at.scope, at.label, at.loop, body,
         at.arm,
@@ -571,6 +597,8 @@ def _evaluate(steps: Iterable[Op], env: dict[int, Any]) -> None:
             outs = bind(step, args)
         elif isinstance(step.body, Arms):
             outs, _ = run_arms(step, env, _evaluate)
+        elif isinstance(step.body, Shards):
+            outs, _ = run_shards(step, args, env, None, lambda steps, local, _: _evaluate(steps, local))
         else:
             outs, _ = run_scan(step, args, env, None, lambda steps, local, _: _evaluate(steps, local))
         env.update(zip(step.outputs, outs, strict=True))
@@ -630,6 +658,58 @@ def run_arms(step: Op, env: dict[int, Any], run: Callable[[list[Op], dict[int, A
 
     taken = [functools.partial(one, *arm) for arm in zip(arms.parts, arms.results, strict=True)]
     return jax.lax.switch(env[step.inputs[0]], taken)
+
+
+def run_shards(
+    step: Op, args: Sequence[Any], env: dict[int, Any], extra: Any, run: Callable[[list[Op], dict[int, Any], Any], Any]
+) -> tuple[list[Any], Any]:
+    """Runs a shard_map, on each device by `run(steps, local values, extra of this device)`.
+
+    Args:
+      step: a step of shards.
+      args: arrays of its inputs.
+      env: values around it, for constants.
+      extra: a tree of arrays with a leading axis of the number of devices, or None.
+      run: evaluates the steps in place; what it returns is stacked by device.
+
+    Returns:
+      The step's results, and what `run` returned, stacked.
+    """
+    shards, params = step.body, step.params
+    assert isinstance(shards, Shards)
+    axes = _split_axes(step)
+    every = jax.sharding.PartitionSpec(axes)
+    held = {v: env[v] for v in shards.constants if v in env}
+
+    def one(args: Sequence[Any], held: dict[int, Any], extra: Any) -> Any:
+        local = {**held, **dict(zip(shards.args, args, strict=True))}
+        for v, over in shards.varying.items():
+            local[v] = jax.lax.pcast(held[v], over, to="varying") if over else held[v]
+        found = run(shards.steps, local, jax.tree.map(lambda a: a[0], extra))
+        return [local[v] for v in shards.results], jax.tree.map(lambda a: a[None], found)
+
+    return jax.shard_map(
+        one, mesh=params["mesh"], in_specs=(list(params["in_specs"]), jax.sharding.PartitionSpec(), every),
+        out_specs=(list(params["out_specs"]), every), axis_names=set(axes),
+        check_vma=params["check_vma"],
+    )(list(args), held, extra)  # fmt: skip
+
+
+def devices(step: Op) -> int:
+    """How many run a shard_map."""
+    return math.prod(dict(step.params["mesh"].shape)[axis] for axis in _split_axes(step))
+
+
+def _varying(aval: Any) -> tuple[str, ...]:
+    """The axes of a mesh over which a value differs from device to device; JAX has named this in two ways."""
+    kind = getattr(aval, "manual_axis_type", aval)
+    return tuple(sorted(getattr(kind, "varying", getattr(kind, "vma", ()))))
+
+
+def _split_axes(step: Op) -> tuple[str, ...]:
+    """The axes of the mesh that a shard_map is over."""
+    chosen = step.params.get("newly_manual_axes", step.params.get("manual_axes"))
+    return tuple(a for a in step.params["mesh"].axis_names if chosen is None or a in chosen)
 
 
 def bind(op: Op, args: Sequence[Any]) -> list[Any]:
@@ -697,6 +777,11 @@ def _alive_steps(steps: list[Op], outputs: Iterable[int]) -> list[Op]:
         if not needed.isdisjoint(step.outputs):
             if isinstance(step.body, Arms):
                 step = _alive_arms(step, step.body, needed)
+            elif isinstance(step.body, Shards):
+                ends = step.body.results
+                step = dataclasses.replace(
+                    step, body=dataclasses.replace(step.body, steps=_alive_steps(step.body.steps, ends))
+                )
             elif step.body is not None:
                 step = _alive_scan(step, step.body, needed)
             needed.update(step.inputs)
@@ -752,9 +837,22 @@ def _with_arms(step: Op, arms: Arms) -> Op:
     return dataclasses.replace(step, inputs=inputs, body=arms)
 
 
-def _made(body: Body | Arms) -> set[int]:
+def _sharded(steps: Iterable[Op]) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for step in steps:
+        if isinstance(step.body, Shards):
+            found |= dict.fromkeys(_made(step.body), devices(step))
+        elif step.body is not None:
+            for part in step.body.parts:
+                found |= _sharded(part)
+    return found
+
+
+def _made(body: Body | Arms | Shards) -> set[int]:
     steps = [step for part in body.parts for step in part]
-    found = {*body.carry, *body.xs} if isinstance(body, Body) else set[int]()
+    found = set[int]()
+    if not isinstance(body, Arms):
+        found.update((*body.carry, *body.xs) if isinstance(body, Body) else body.args)
     return found.union(*(step.outputs for step in steps), *(_made(s.body) for s in steps if s.body is not None))
 
 
@@ -770,7 +868,9 @@ def _rewire(ops: list[Op], instead: dict[int, int]) -> list[Op]:
             arms = Arms(parts, tuple(map(swap, body.results)), body.constants)
             result.append(_with_arms(dataclasses.replace(op, inputs=swap(op.inputs)), arms))
             continue
-        if body is not None:
+        if isinstance(body, Shards):
+            body = dataclasses.replace(body, steps=_rewire(body.steps, instead), results=swap(body.results))
+        elif body is not None:
             body = dataclasses.replace(
                 body, steps=_rewire(body.steps, instead), carry_out=swap(body.carry_out), ys=swap(body.ys)
             )

@@ -96,6 +96,7 @@ def run(
                 gathering.add_array(v, arrays[v], setup.layouts[v])
         statistics_of |= gathering.read()
     rows: list[Row] = []
+    sharded = program.sharded()
     sums = 0
     counted: set[tuple[int, tuple[int, ...]]] = set()
     for tap, passes in taps.unrolled(setup.taps):
@@ -110,7 +111,7 @@ def run(
                 passes[-1] if passes else None, statistics.read(forward[tap.value][at]) if ran else None,
                 statistics.read(backward[tap.value][at]) if ran and tap.value in backward else None,
                 _weight([pulled.norms[v] for v in tap.leaves if v in pulled.norms], at),
-                "" if ran else NOT_RUN,
+                NOT_RUN if not ran else _SHARDED.format(sharded[tap.value]) if sharded.get(tap.value, 1) > 1 else "",
             )
         )  # fmt: skip
     name = "loss" if loss is not None else setup.probe
@@ -124,6 +125,9 @@ def run(
         for v, x in zip(leaves, jax.tree.leaves(params), strict=True)
     ]
     return made, jax.tree.unflatten(jax.tree.structure(params), flat)
+
+
+_SHARDED = "what one of {} devices holds: means over them"
 
 
 def _weight(norms: list[np.ndarray], at: tuple[int, ...]) -> Weight | None:

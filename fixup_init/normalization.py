@@ -80,15 +80,15 @@ def check_bypass(graph: Graph, norms: tuple[Norm, ...]) -> None:
     """Refuses where a run on arrays could not bypass a normalization: inside of an operation that is bound whole.
 
     Raises:
-      NotImplementedError: a normalization lies inside of a shard_map.
+      NotImplementedError: a normalization lies inside of `jax.lax.platform_dependent`.
     """
     made = set(graph.program.inputs) | graph.program.made()
     for norm in norms:
         if norm.end not in made or norm.source not in made:
             raise NotImplementedError(
                 f"The normalization in {graph.scope(graph.node_of[norm.core]) or 'the model'!r} lies inside of a "
-                "shard_map, or of an operation for one platform, which runs as a whole: it cannot be bypassed on "
-                'arrays. Measure with normalization="kept", or give the model without it.'
+                "jax.lax.platform_dependent, which runs as a whole: it cannot be bypassed on arrays. Measure with "
+                'normalization="kept", or give the model without it.'
             )
 
 
@@ -290,7 +290,7 @@ def _centring(graph: Graph, node: int) -> tuple[int, list[int]] | None:
     if walk is None:
         return None
     start, region = walk
-    allowed = _PASSING | _REDUCTIONS | {p.div_p, p.mul_p}
+    allowed = _PASSING | _REDUCTIONS | {p.div_p, p.mul_p, p.psum_p, *jaxprs.collectives()}
     if start != graph.node_of.get(op.inputs[0]) or not region or not all(_is(graph, n, *allowed) for n in region):
         return None
     if not any(_is(graph, n, *_REDUCTIONS) for n in region):

@@ -157,7 +157,7 @@ class Propagation:
       num_branches: L.
       rows: in trace order.
       probe: where the backward pass starts: "output", or "input of the head".
-      unmeasured: what lies inside of a shard_map, which runs as a whole: weights and sums by name.
+      unmeasured: what lies inside of a `jax.lax.platform_dependent`, which runs as a whole: weights and sums by name.
       kind: "measured" on arrays, or "predicted" from shapes and the plan.
       notes: what to know about the whole, in words.
     """

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Shaped
 
 from fixup_init.propagation import Statistics
 
-__all__ = ["SIZE", "Gathered", "Layout", "finish", "gather", "measure", "norm", "read", "read_norm"]
+__all__ = ["SIZE", "Gathered", "Layout", "combined", "finish", "gather", "measure", "norm", "read", "read_norm"]
 
 SIZE = 12
 _VECTORS = 64  # for the effective rank
@@ -116,6 +116,15 @@ def finish(gathered: Gathered, limits: tuple[float, float] | None) -> Float[Arra
         finite = jnp.where(elsewhere, jnp.minimum(finite, 1 - 1 / some.size), finite)
     numbers = (*moments, finite, zeros, saturated, _cosine(x), _rank(x), *_shares(x))
     return jnp.stack([jnp.asarray(n, jnp.float32) for n in numbers])
+
+
+def combined(each: Float[Array, "devices ... 12"]) -> Float[Array, "... 12"]:
+    """Of the parts of an array on several devices: its mean and variance, of the rest the means over them."""
+    unit = each[..., 0] / _scale(each[..., 0].max(0))
+    mean, channels = (each[..., 1] * unit).mean(0), (each[..., 3] * unit**2).mean(0)
+    second = ((each[..., 2] + each[..., 1] ** 2) * unit**2).mean(0)
+    first = [each[..., 0].max(0), mean, second - mean**2, channels]
+    return jnp.concatenate([jnp.stack(first, -1), each[..., 4:].mean(0)], -1)
 
 
 def read(measured: np.ndarray) -> Statistics:

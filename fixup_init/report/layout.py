@@ -186,7 +186,7 @@ class Pair:
         found = list(self.own.notes)
         if hidden := self.own.unmeasured:
             names = ", ".join(hidden[:4]) + (f" and {len(hidden) - 4} more" if len(hidden) > 4 else "")
-            found.append(f"Not measured, inside of a shard_map, which runs as a whole: {names}.")
+            found.append(f"Not measured, inside of a platform_dependent, which runs as a whole: {names}.")
         if self.predicted is None:
             return found
         found += [f"Prediction: {note}" for note in self.predicted.notes]
