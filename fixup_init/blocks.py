@@ -246,8 +246,6 @@ def _run(
     and combined over devices. There `zero` is 0, of a type that is one for each device if statistics are.
     """
 
-    look = gather if zero is None else measure
-
     def within(steps: list[Op], env: dict[int, Any], slots: Any) -> dict[int, Any]:
         return _run(steps, env, taps, slots, 0.0 if zero is None else zero)
 
@@ -278,9 +276,13 @@ def _run(
         for v, out in zip(step.outputs, outs, strict=True):
             if v in taps:
                 if slots is None:
-                    seen[v] = look(out, taps[v]) if zero is None else measure(out, taps[v]) + zero
+                    seen[v] = gather(out, taps[v]) if zero is None else measure(out, taps[v]) + zero
                 else:
-                    out = _tap(out, slots[v], functools.partial(look, layout=taps[v]._replace(limits=None)))
+                    out = _tap(
+                        out,
+                        slots[v],
+                        functools.partial(gather if zero is None else measure, layout=taps[v]._replace(limits=None)),
+                    )
             env[v] = out
     return seen
 

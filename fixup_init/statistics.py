@@ -119,12 +119,17 @@ def finish(gathered: Gathered, limits: tuple[float, float] | None) -> Float[Arra
 
 
 def combined(each: Float[Array, "devices ... 12"]) -> Float[Array, "... 12"]:
-    """Of the parts of an array on several devices: its mean and variance, of the rest the means over them."""
-    unit = each[..., 0] / _scale(each[..., 0].max(0))
-    mean, channels = (each[..., 1] * unit).mean(0), (each[..., 3] * unit**2).mean(0)
-    second = ((each[..., 2] + each[..., 1] ** 2) * unit**2).mean(0)
-    first = [each[..., 0].max(0), mean, second - mean**2, channels]
-    return jnp.concatenate([jnp.stack(first, -1), each[..., 4:].mean(0)], -1)
+    """Of the parts of an array on several devices: its mean and variance, of the rest the means over them.
+
+    Devices on which an arm of a conditional did not run, whose numbers are zeros, do not count.
+    """
+    scales = each[..., 0]
+    devices = jnp.maximum((scales > 0).sum(0), 1)
+    unit = scales / _scale(scales.max(0))
+    mean, channels = (each[..., 1] * unit).sum(0) / devices, (each[..., 3] * unit**2).sum(0) / devices
+    second = ((each[..., 2] + each[..., 1] ** 2) * unit**2).sum(0) / devices
+    first = [scales.max(0), mean, second - mean**2, channels]
+    return jnp.concatenate([jnp.stack(first, -1), each[..., 4:].sum(0) / devices[..., None]], -1)
 
 
 def read(measured: np.ndarray) -> Statistics:

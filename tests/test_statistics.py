@@ -19,7 +19,7 @@ import fixup_init as fi
 from fixup_init import taps
 from fixup_init.gathering import Gathering
 from fixup_init.models.resnet import cifar_resnet
-from fixup_init.statistics import Layout, gather, measure, norm, read, read_norm
+from fixup_init.statistics import Layout, combined, gather, measure, norm, read, read_norm
 from fixup_init.tracing import trace
 
 
@@ -150,6 +150,16 @@ def test_arrays_are_finished_together() -> None:
     for k, (x, layout) in enumerate(zip(arrays, layouts, strict=True)):
         np.testing.assert_allclose(found[k], measure(x, layout), rtol=1e-5, atol=1e-6)
         assert math.isnan(read(found[k]).saturated) == (layout.limits is None)
+
+
+def test_parts_on_several_devices_are_combined() -> None:
+    """Means and variances of the whole; a device on which an arm did not run does not count."""
+    x = large().astype(np.float32) * np.array([1.0, 1e15, 1.0], np.float32)[:, None, None, None, None].repeat(12, 1)
+    each = jnp.stack([*(measure(jnp.asarray(part), Layout(3, 0, 12)) for part in x), jnp.zeros(12)])
+    found, exact = read(np.asarray(combined(each))), x.astype(np.float64)
+    assert found.finite == 1 and found.mean == pytest.approx(exact.mean(), rel=1e-2)
+    assert found.variance == pytest.approx(exact.var(), rel=2e-2)
+    assert read(np.asarray(combined(jnp.zeros((3, 12))))).second_moment == 0
 
 
 def test_norms_leave_float32() -> None:
