@@ -7,8 +7,8 @@ block at a time, so memory is one activation for each cut plus one block.
 
 A tap looks at an activation, and at its cotangent: an identity with a slot as second argument returns what it saw of
 the cotangent as the slot's own, so that one backward pass gives them all. In the block it sums over the array and takes
-some entries, which the compiler does beside other work; the rest of the statistics is done for several taps at once. In
-the body of a scan, where entries would be stacked, and in the arms of a conditional all is done in place.
+some entries, which the compiler does beside other work; the rest of the statistics is done for several taps at once.
+Inside of scans (where entries would be stacked), conditionals and shard_maps all is done in place.
 """
 
 from __future__ import annotations
@@ -192,16 +192,10 @@ def _canonical(
         b = s.body
         line: list[Any] = [_scan_signature(s, b) if isinstance(b, Body) else _form(s, forms)]
         line.append(tuple(number(v) for v in s.inputs))
-        if isinstance(b, Arms):
+        if b is not None:
+            line.append(tuple(number(v) for v in b.given))
             for part, results in zip(b.parts, b.results, strict=True):
                 line.append((_canonical(graph, part, numbers, taps, forms), tuple(number(v) for v in results)))
-        elif isinstance(b, Shards):
-            line.append(tuple(number(v) for v in b.args))
-            line.append((_canonical(graph, b.steps, numbers, taps, forms), tuple(number(v) for v in b.results)))
-        elif b is not None:
-            line.append(tuple(number(v) for v in (*b.consts, *b.carry, *b.xs)))
-            line.append(_canonical(graph, b.steps, numbers, taps, forms))
-            line.append(tuple(number(v) for v in (*b.carry_out, *b.ys)))
         line.append(tuple((number(v), taps.get(v)) for v in s.outputs))
         form.append(tuple(line))
     return tuple(form)
@@ -229,11 +223,11 @@ def _tap(x: Shaped[Array, "..."], slot: Any, look: Callable[[Array], Any]) -> Sh
     return x
 
 
-def _seen(look: Callable[[Array], Any], slot: Any, ct: Array) -> tuple[Array, Any]:
+def _look_back(look: Callable[[Array], Any], slot: Any, ct: Array) -> tuple[Array, Any]:
     return ct, jax.tree.map(jnp.add, look(ct), slot)  # the sum differs from device to device if the slot does
 
 
-_tap.defvjp(lambda x, slot, look: (x, slot), _seen)
+_tap.defvjp(lambda x, slot, look: (x, slot), _look_back)
 
 
 def _run(
@@ -246,8 +240,12 @@ def _run(
     and combined over devices. There `zero` is 0, of a type that is one for each device if statistics are.
     """
 
+    look = gather if zero is None else measure
+
+    inside = jnp.zeros((), jnp.float32) if zero is None else zero
+
     def within(steps: list[Op], env: dict[int, Any], slots: Any) -> dict[int, Any]:
-        return _run(steps, env, taps, slots, 0.0 if zero is None else zero)
+        return _run(steps, env, taps, slots, inside)
 
     seen: dict[int, Any] = {}
     for step in steps:
@@ -261,7 +259,7 @@ def _run(
         elif isinstance(step.body, Body):
             outs, found = jaxprs.run_scan(step, args, env, inner_slots, within)
         elif isinstance(step.body, Arms):
-            blank = {v: _blank(passes, zero) for v, passes in inner.items()} if slots is None else {}
+            blank = {v: _zeros(passes) + inside for v, passes in inner.items()} if slots is None else {}
             outs, found = jaxprs.run_arms(
                 step, env, lambda s, local, blank=blank, at=inner_slots: blank | within(s, local, at)
             )
@@ -269,27 +267,25 @@ def _run(
             n = jaxprs.devices(step)
             each = jax.tree.map(lambda slot, n=n: _spread(slot, n), inner_slots)
             outs, found = jaxprs.run_shards(
-                step, args, env, (each, jnp.zeros(n)), lambda s, local, at: _run(s, local, taps, *at)
+                step, args, env, (each, jnp.zeros(n, jnp.float32)), lambda s, local, at: _run(s, local, taps, *at)
             )
             found = jax.tree.map(combined, found)
         seen.update(found)
         for v, out in zip(step.outputs, outs, strict=True):
             if v in taps:
-                if slots is None:
-                    seen[v] = gather(out, taps[v]) if zero is None else measure(out, taps[v]) + zero
+                if slots is not None:
+                    out = _tap(out, slots[v], functools.partial(look, layout=taps[v]._replace(limits=None)))
+                elif zero is None:
+                    seen[v] = look(out, taps[v])
                 else:
-                    out = _tap(
-                        out,
-                        slots[v],
-                        functools.partial(gather if zero is None else measure, layout=taps[v]._replace(limits=None)),
-                    )
+                    seen[v] = look(out, taps[v]) + zero
             env[v] = out
     return seen
 
 
-def _blank(passes: tuple[int, ...], zero: Any) -> Array:
-    """What a tap sees in an arm that does not run."""
-    return jnp.zeros((*passes, SIZE)) + (0.0 if zero is None else zero)
+def _zeros(passes: tuple[int, ...]) -> Array:
+    """What a tap sees inside of a step where that does not run."""
+    return jnp.zeros((*passes, SIZE), jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -310,12 +306,12 @@ def _inner(step: Op) -> Iterable[tuple[int, tuple[int, ...]]]:
 
 
 def _function(graph: Graph, block: Block) -> Callable[..., tuple[list[Any], list[Any]]]:
-    """(activations, externals, slots or None) -> (results, what the taps see, in order, but where there are slots)."""
+    """(activations, externals, slots or None) -> (results, what the taps see, in order, if there are no slots)."""
     taps = dict(block.taps)
     literals = {
         v: graph.program.constants[v]
         for s in _all_steps(block.steps)
-        for v in (*_reads(s), *_results(s))
+        for v in (*_reads(s), *itertools.chain(*(s.body.results if s.body is not None else ())))
         if _inlined(graph, v)
     }
 
@@ -328,15 +324,6 @@ def _function(graph: Graph, block: Block) -> Callable[..., tuple[list[Any], list
         return [env[v] for v in block.outputs], [seen[v] for v, _ in block.taps] if slots is None else []
 
     return run
-
-
-def _results(step: Op) -> Iterable[int]:
-    """Of its body, or of its arms."""
-    if isinstance(step.body, Arms):
-        return itertools.chain(*step.body.results)
-    if isinstance(step.body, Shards):
-        return step.body.results
-    return (*step.body.carry_out, *step.body.ys) if step.body is not None else ()
 
 
 def _all_steps(steps: Iterable[Op]) -> Iterable[Op]:
@@ -538,7 +525,7 @@ def _pulled_aside(
 def slot(graph: Graph, value: int, layout: Layout, passes: tuple[int, ...] | None = None) -> Any:
     """Zeros of the shapes that a tap returns; `passes` of the scans around it where it stands inside of a step."""
     if passes is not None:
-        return jnp.zeros((*passes, SIZE))
+        return _zeros(passes)
     like = jax.ShapeDtypeStruct(graph.program.shape(value), graph.program.dtype(value))
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda x: gather(x, layout), like))
 
@@ -560,12 +547,11 @@ def _sliced(steps: Iterable[Op], value: int) -> int:
     match step.body:
         case Body():
             at -= len(step.body.consts) + len(step.body.carry)
-            return 1 + _sliced(step.body.steps, step.body.xs[at]) if at >= 0 else 0
+            return 1 + _sliced(step.body.parts[0], step.body.xs[at]) if at >= 0 else 0
         case Arms():
             returned = any(value in arm for arm in step.body.results)
             return 0 if returned else _sliced(itertools.chain(*step.body.parts), value)
         case Shards():
             split = any(axis is not None for axis in step.params["in_specs"][at][:1])  # its slices
-            return 0 if split else _sliced(step.body.steps, step.body.args[at])
-        case None:
-            return 0
+            return 0 if split else _sliced(step.body.parts[0], step.body.given[at])
+    return 0

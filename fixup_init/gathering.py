@@ -24,12 +24,12 @@ class Gathering:
     def __init__(self) -> None:
         self._waiting: dict[Any, list[tuple[int, Gathered]]] = {}
         self._finished: list[tuple[list[int], Float[Array, "arrays 12"]]] = []
-        self._scanned: dict[int, Float[Array, "... 12"]] = {}
+        self._whole: dict[int, Float[Array, "... 12"]] = {}
 
     def add(self, value: int, found: Gathered | Float[Array, "... 12"], limits: tuple[float, float] | None) -> None:
-        """Takes what a tap saw; statistics where a scan has finished them in place."""
+        """Takes what a tap saw: statistics, where it stands inside of a scan, a conditional or a shard_map."""
         if not isinstance(found, Gathered):
-            self._scanned[value] = found
+            self._whole[value] = found
             return
         key = (found.some.shape, found.some.dtype, found.entries, limits)
         waiting = self._waiting.setdefault(key, [])
@@ -46,7 +46,7 @@ class Gathering:
         """All of them, packed as `finish` does."""
         for key in list(self._waiting):
             self._finish(key)
-        found: dict[int, np.ndarray] = jax.device_get(self._scanned)
+        found: dict[int, np.ndarray] = jax.device_get(self._whole)
         for values, packed in jax.device_get(self._finished):
             found |= dict(zip(values, packed, strict=False))  # the last ones are repeated
         return found
@@ -54,11 +54,11 @@ class Gathering:
     def _finish(self, key: Any) -> None:
         values, each = zip(*self._waiting.pop(key), strict=True)
         each = each + each[-1:] * (_TOGETHER - len(each))
-        limits = key[-1]
-        self._finished.append((list(values), jitted(("finish", key), lambda: _finisher(limits))(_joined(*each))))
+        limits, of_shape = key[-1], key[:-1]
+        joined = jitted(("join", of_shape), lambda: lambda *each: _joined(*each))(*each)
+        self._finished.append((list(values), jitted(("finish", key), lambda: _finisher(limits))(joined)))
 
 
-@jax.jit
 def _joined(*each: Gathered) -> Gathered:
     """One behind the other, in a function of its own: the compiler would repeat it in each loop of the statistics."""
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *each)

@@ -5,7 +5,8 @@ A `Program` holds the same trace at two levels, over one numbering of values:
 - `ops`, fine: jit, remat and custom derivatives are inlined, a scan body appears once between markers, every arm of
   a conditional appears before a `CHOOSE` marker. The graph, order and moment domains read these.
 - `steps`, coarse: what can be bound with arrays. A custom derivative stays one call, because its rule is not the
-  derivative of its body (relu at 0), a scan holds the steps of its body, and a conditional those of its arms.
+  derivative of its body (relu at 0); a scan holds the steps of its body, a conditional those of its arms, a shard_map
+  those of one device.
 
 The result of an inlined call has the number of the value it returns, so a value found in `ops` can be tapped in
 `steps`. This is the only module that touches `jax.extend`.
@@ -27,9 +28,9 @@ from jax.extend.core import Literal, Primitive
 from jax.extend.core import primitives as p
 
 __all__ = [
-    "Arm", "Arms", "Body", "Loop", "Marker", "Op", "Program", "Shards", "UnknownPrimitiveError", "bind", "collectives",
-    "devices", "evaluate", "flatten", "is_cast", "is_platform", "is_ragged_dot", "jaxpr_of", "opaque", "run_arms",
-    "run_scan", "run_shards",
+    "Arm", "Arms", "Body", "Inside", "Loop", "Marker", "Op", "Program", "Shards", "UnknownPrimitiveError", "bind",
+    "collectives", "devices", "evaluate", "flatten", "is_cast", "is_platform", "is_ragged_dot", "jaxpr_of", "opaque",
+    "run_arms", "run_scan", "run_shards",
 ]  # fmt: skip
 
 
@@ -90,45 +91,56 @@ class _Where:
     arm: Arm | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Body:
-    """The steps of a scan body: `consts`, `carry` and `xs` are its inputs, `carry_out` and `ys` its results."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inside:
+    """What runs inside of a step; what is made around it and is not given it reads by its number.
 
-    steps: list[Op]
-    consts: tuple[int, ...]
-    carry: tuple[int, ...]
-    xs: tuple[int, ...]
-    carry_out: tuple[int, ...]
-    ys: tuple[int, ...]
-    constants: tuple[int, ...]  # constants of the closed body, found in Program.constants
-
-    @property
-    def parts(self) -> tuple[list[Op], ...]:
-        return (self.steps,)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Arms:
-    """The steps of the arms of a conditional and their results; what is made around it they read by its number."""
+    Attributes:
+      parts: steps, of a conditional those of each arm.
+      given: values that take the place of the step's inputs.
+      results: of each part.
+      constants: of the closed parts, found in Program.constants.
+    """
 
     parts: tuple[list[Op], ...]
+    given: tuple[int, ...]
     results: tuple[tuple[int, ...], ...]
-    constants: tuple[int, ...]  # of the closed arms
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Shards:
-    """The steps that each device of a shard_map runs on its part of the arguments."""
-
-    steps: list[Op]
-    args: tuple[int, ...]
-    results: tuple[int, ...]
     constants: tuple[int, ...]
-    varying: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # constants that differ by device
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Body(Inside):
+    """Of a scan, given its carries and slices; `consts` are the first of the step's inputs, read by their numbers."""
+
+    consts: tuple[int, ...]
+    carries: int  # how many
 
     @property
-    def parts(self) -> tuple[list[Op], ...]:
-        return (self.steps,)
+    def carry(self) -> tuple[int, ...]:
+        return self.given[: self.carries]
+
+    @property
+    def xs(self) -> tuple[int, ...]:
+        return self.given[self.carries :]
+
+    @property
+    def carry_out(self) -> tuple[int, ...]:
+        return self.results[0][: self.carries]
+
+    @property
+    def ys(self) -> tuple[int, ...]:
+        return self.results[0][self.carries :]
+
+
+class Arms(Inside):
+    """Of a conditional; nothing is given."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shards(Inside):
+    """What each device of a shard_map runs, given its part of the inputs."""
+
+    varying: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # constants that differ by device
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -143,7 +155,7 @@ class Op:
     outer: str = ""  # scope of the calls around it
     label: str = ""  # name of the innermost call inlined around it: "relu", "silu"
     loop: Loop | None = None
-    body: Body | Arms | Shards | None = None
+    body: Inside | None = None
     arm: Arm | None = None
 
     @property
@@ -204,7 +216,7 @@ class Program:
         return cut if all(v in made for op in cut.steps for v in op.inputs) else None
 
     def made(self) -> set[int]:
-        """The values that its steps make, those in scan bodies and arms of conditionals included."""
+        """The values that its steps make, those inside of steps included."""
         found = {v for step in self.steps for v in step.outputs}
         for step in self.steps:
             if step.body is not None:
@@ -244,17 +256,12 @@ def _fixed(ops: list[Op], constants: Mapping[int, Any], avals: Sequence[Any]) ->
         if any(v in constants for v in op.outputs):
             continue
         if op.body is not None:
-            held = (*op.body.constants, *(v for v in _made(op.body) if v in constants))
-            if isinstance(op.body, Arms):
-                parts = tuple(_fixed(part, constants, avals) for part in op.body.parts)
-                op = _with_arms(op, Arms(parts, op.body.results, held))
-            else:
-                steps = _fixed(op.body.steps, constants, avals)
-                body = dataclasses.replace(op.body, steps=steps, constants=held)
-                if isinstance(body, Shards):
-                    differ = {v: _varying(avals[v]) for v in held if v in constants}
-                    body = dataclasses.replace(body, varying={**body.varying, **differ})
-                op = dataclasses.replace(op, body=body)
+            new = tuple(v for v in _made(op.body) if v in constants)
+            parts = tuple(_fixed(part, constants, avals) for part in op.body.parts)
+            body = dataclasses.replace(op.body, parts=parts, constants=(*op.body.constants, *new))
+            if isinstance(body, Shards):
+                body = dataclasses.replace(body, varying={**body.varying, **{v: _varying(avals[v]) for v in new}})
+            op = _with_body(op, body)
         kept.append(op)
     return kept
 
@@ -405,7 +412,12 @@ class _Flattener:
         ]
         held = tuple(v for v in self.constants if v >= first_value)
         body = Body(
-            passes, tuple(consts), tuple(carry), tuple(slices), tuple(outs[:n_carry]), tuple(outs[n_carry:]), held
+            parts=(passes,),
+            given=(*carry, *slices),
+            results=(tuple(outs),),
+            constants=held,
+            consts=tuple(consts),
+            carries=n_carry,
         )
         steps.append(_step(eqn, inputs, results, at, body))
         return results
@@ -432,7 +444,7 @@ class _Flattener:
         ]
         step = _step(eqn, inputs, results, at)
         if eqn.params.get("branches_platforms") is None:  # else not every arm need be one that this platform can run
-            step = _with_arms(step, Arms(parts, tuple(map(tuple, arms)), held))
+            step = _with_body(step, Arms(parts, (), tuple(map(tuple, arms)), held))
         steps.append(step)
         return results
 
@@ -456,11 +468,11 @@ class _Flattener:
         outs = self.run(jaxpr, _consts(params["jaxpr"]), args, each, inside)
         results = [self.mark(SHARD_OUT, (o,), v.aval, info, inside) for o, v in zip(outs, eqn.outvars, strict=True)]
         held = tuple(v for v in self.constants if v >= first_value)
-        steps.append(_step(eqn, inputs, results, at, Shards(each, tuple(args), tuple(outs), held)))
+        steps.append(_step(eqn, inputs, results, at, Shards((each,), tuple(args), (tuple(outs),), held)))
         return results
 
 
-def _step(eqn: Any, inputs: Sequence[int], outputs: Sequence[int], at: _Where, body: Body | Shards | None = None) -> Op:
+def _step(eqn: Any, inputs: Sequence[int], outputs: Sequence[int], at: _Where, body: Inside | None = None) -> Op:
     return Op(
         eqn.primitive, tuple(inputs), tuple(outputs), eqn.params, eqn.source_info, at.scope, at.label, at.loop, body,
         at.arm,
@@ -626,8 +638,8 @@ def run_scan(
 
     def one(carry: Any, xs: Any) -> Any:
         slices, at = xs
-        local = {**held, **dict(zip(body.carry, carry, strict=True)), **dict(zip(body.xs, slices, strict=True))}
-        found = run(body.steps, local, at)
+        local = {**held, **dict(zip(body.given, (*carry, *slices), strict=True))}
+        found = run(body.parts[0], local, at)
         return [local[v] for v in body.carry_out], ([local[v] for v in body.ys], found)
 
     carry, (ys, found) = jax.lax.scan(
@@ -682,11 +694,11 @@ def run_shards(
     held = {v: env[v] for v in shards.constants if v in env}
 
     def one(args: Sequence[Any], held: dict[int, Any], extra: Any) -> Any:
-        local = {**held, **dict(zip(shards.args, args, strict=True))}
+        local = {**held, **dict(zip(shards.given, args, strict=True))}
         for v, over in shards.varying.items():
             local[v] = jax.lax.pcast(held[v], over, to="varying") if over else held[v]
-        found = run(shards.steps, local, jax.tree.map(lambda a: a[0], extra))
-        return [local[v] for v in shards.results], jax.tree.map(lambda a: a[None], found)
+        found = run(shards.parts[0], local, jax.tree.map(lambda a: a[0], extra))
+        return [local[v] for v in shards.results[0]], jax.tree.map(lambda a: a[None], found)
 
     return jax.shard_map(
         one, mesh=params["mesh"], in_specs=(list(params["in_specs"]), jax.sharding.PartitionSpec(), every),
@@ -775,15 +787,10 @@ def _alive_steps(steps: list[Op], outputs: Iterable[int]) -> list[Op]:
     kept = []
     for step in reversed(steps):
         if not needed.isdisjoint(step.outputs):
-            if isinstance(step.body, Arms):
-                step = _alive_arms(step, step.body, needed)
-            elif isinstance(step.body, Shards):
-                ends = step.body.results
-                step = dataclasses.replace(
-                    step, body=dataclasses.replace(step.body, steps=_alive_steps(step.body.steps, ends))
-                )
-            elif step.body is not None:
+            if isinstance(step.body, Body):
                 step = _alive_scan(step, step.body, needed)
+            elif step.body is not None:
+                step = _alive_inside(step, step.body, needed)
             needed.update(step.inputs)
             kept.append(step)
     kept.reverse()
@@ -797,7 +804,7 @@ def _alive_scan(step: Op, body: Body, needed: set[int]) -> Op:
     stacked = [k for k in range(len(body.ys)) if step.outputs[n + k] in needed]
     while True:
         ends = [body.carry_out[k] for k in carried] + [body.ys[k] for k in stacked]
-        steps = _alive_steps(body.steps, ends)
+        steps = _alive_steps(body.parts[0], ends)
         read = {v for s in steps for v in s.inputs} | set(ends)
         more = {k for k in range(n) if body.carry[k] in read} - carried
         if not more:
@@ -808,9 +815,9 @@ def _alive_scan(step: Op, body: Body, needed: set[int]) -> Op:
     consts = [k for k, v in enumerate(body.consts) if v in read]
     xs = [k for k, v in enumerate(body.xs) if v in read]
     inner = Body(
-        steps, tuple(body.consts[k] for k in consts), tuple(body.carry[k] for k in kept),
-        tuple(body.xs[k] for k in xs), tuple(body.carry_out[k] for k in kept), tuple(body.ys[k] for k in stacked),
-        body.constants,
+        parts=(steps,), given=(*(body.carry[k] for k in kept), *(body.xs[k] for k in xs)),
+        results=((*(body.carry_out[k] for k in kept), *(body.ys[k] for k in stacked)),), constants=body.constants,
+        consts=tuple(body.consts[k] for k in consts), carries=len(kept),
     )  # fmt: skip
     chosen = [*consts, *(n_consts + k for k in kept), *(n_consts + n + k for k in xs)]
     return dataclasses.replace(
@@ -819,22 +826,25 @@ def _alive_scan(step: Op, body: Body, needed: set[int]) -> Op:
     )  # fmt: skip
 
 
-def _alive_arms(step: Op, arms: Arms, needed: set[int]) -> Op:
-    """A conditional without the results that nothing needs, and without what only they need."""
-    kept = [k for k, v in enumerate(step.outputs) if v in needed]
-    results = tuple(tuple(arm[k] for k in kept) for arm in arms.results)
-    parts = tuple(_alive_steps(part, ends) for part, ends in zip(arms.parts, results, strict=True))
+def _alive_inside(step: Op, body: Inside, needed: set[int]) -> Op:
+    """A conditional without the results that nothing needs, and without what only they need; of a shard_map, whose
+    specs are for all its results, without what none needs."""
+    kept = [k for k, v in enumerate(step.outputs) if v in needed or not isinstance(body, Arms)]
+    results = tuple(tuple(part[k] for k in kept) for part in body.results)
+    parts = tuple(_alive_steps(part, ends) for part, ends in zip(body.parts, results, strict=True))
     step = dataclasses.replace(step, outputs=tuple(step.outputs[k] for k in kept))
-    return _with_arms(step, Arms(parts, results, arms.constants))
+    return _with_body(step, dataclasses.replace(body, parts=parts, results=results))
 
 
-def _with_arms(step: Op, arms: Arms) -> Op:
-    """A conditional with other arms; its inputs are its index and what these read."""
-    inside = _made(arms) | set(arms.constants)
-    read = [v for part in arms.parts for op in part for v in op.inputs]
-    read += [v for arm in arms.results for v in arm]
+def _with_body(step: Op, body: Inside) -> Op:
+    """A step with another body; the inputs of a conditional are its index and what its arms read."""
+    if not isinstance(body, Arms):
+        return dataclasses.replace(step, body=body)
+    inside = _made(body) | set(body.constants)
+    read = [v for part in body.parts for op in part for v in op.inputs]
+    read += [v for arm in body.results for v in arm]
     inputs = (step.inputs[0], *dict.fromkeys(v for v in read if v not in inside))
-    return dataclasses.replace(step, inputs=inputs, body=arms)
+    return dataclasses.replace(step, inputs=inputs, body=body)
 
 
 def _sharded(steps: Iterable[Op]) -> dict[int, int]:
@@ -848,12 +858,9 @@ def _sharded(steps: Iterable[Op]) -> dict[int, int]:
     return found
 
 
-def _made(body: Body | Arms | Shards) -> set[int]:
+def _made(body: Inside) -> set[int]:
     steps = [step for part in body.parts for step in part]
-    found = set[int]()
-    if not isinstance(body, Arms):
-        found.update((*body.carry, *body.xs) if isinstance(body, Body) else body.args)
-    return found.union(*(step.outputs for step in steps), *(_made(s.body) for s in steps if s.body is not None))
+    return set(body.given).union(*(s.outputs for s in steps), *(_made(s.body) for s in steps if s.body is not None))
 
 
 def _rewire(ops: list[Op], instead: dict[int, int]) -> list[Op]:
@@ -862,21 +869,15 @@ def _rewire(ops: list[Op], instead: dict[int, int]) -> list[Op]:
 
     result = []
     for op in ops:
-        body = op.body
-        if isinstance(body, Arms):
-            parts = tuple(_rewire(part, instead) for part in body.parts)
-            arms = Arms(parts, tuple(map(swap, body.results)), body.constants)
-            result.append(_with_arms(dataclasses.replace(op, inputs=swap(op.inputs)), arms))
-            continue
-        if isinstance(body, Shards):
-            body = dataclasses.replace(body, steps=_rewire(body.steps, instead), results=swap(body.results))
-        elif body is not None:
-            body = dataclasses.replace(
-                body, steps=_rewire(body.steps, instead), carry_out=swap(body.carry_out), ys=swap(body.ys)
-            )
-        inputs = swap(op.inputs)
-        changed = inputs != op.inputs or body is not op.body
-        result.append(dataclasses.replace(op, inputs=inputs, body=body) if changed else op)
+        if (inputs := swap(op.inputs)) != op.inputs:
+            op = dataclasses.replace(op, inputs=inputs)
+        if op.body is not None:
+            parts = tuple(_rewire(part, instead) for part in op.body.parts)
+            body = dataclasses.replace(op.body, parts=parts, results=tuple(map(swap, op.body.results)))
+            if isinstance(body, Body):
+                body = dataclasses.replace(body, consts=swap(body.consts))
+            op = _with_body(op, body)
+        result.append(op)
     return result
 
 

@@ -28,6 +28,9 @@ Progress = Callable[[str, int, int], None]
 Loss = Callable[[Any], Any]
 
 
+_SHARDED = "what one of {} devices holds: means over them"
+
+
 class DataError(ValueError):
     """Input data that cannot be measured with."""
 
@@ -127,9 +130,6 @@ def run(
     return made, jax.tree.unflatten(jax.tree.structure(params), flat)
 
 
-_SHARDED = "what one of {} devices holds: means over them"
-
-
 def _weight(norms: list[np.ndarray], at: tuple[int, ...]) -> Weight | None:
     """Of a layer's leaves together, in one pass of the scans around it."""
     if not norms:
@@ -148,7 +148,8 @@ def _notes(setup: Setup) -> tuple[str, ...]:
         return ()
     return (
         f"{largest} of {len(setup.traced.graph.layers)} weight layers were compiled as one block: several activations "
-        "are alive everywhere between them (dense skips), so that compile time and memory grow with them.",
+        "are alive everywhere between them (dense skips), or one conditional or shard_map holds them, so that compile "
+        "time and memory grow with them.",
     )
 
 

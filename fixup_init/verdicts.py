@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from fixup_init.propagation import NOT_RUN, Direction, Propagation, Row, Statistics
+from fixup_init.propagation import Direction, Propagation, Row, Statistics
 
 __all__ = ["Kind", "Severity", "Verdict", "layers_of", "name_of", "passed", "verdicts"]
 
@@ -454,7 +454,7 @@ def _zero_gradients(propagation: Propagation) -> Iterator[Verdict]:
     """
     rows = propagation.rows
     head = _zero_head(propagation)
-    weights = [k for k in _rows_of(propagation, "weight") if k not in head and rows[k].note != NOT_RUN]
+    weights = [k for k in _rows_of(propagation, "weight") if k not in head and rows[k].forward is not None]
     zero = [k for k in weights if _gradient(rows[k]) == 0]
     if head and propagation.probe in _WHOLE:
         ends = [k for k in zero if (w := rows[k].weight) is not None and w.parameter_norm == 0]

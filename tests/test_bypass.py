@@ -146,3 +146,27 @@ def test_in_a_scan() -> None:
 def test_an_unknown_form_is_named() -> None:
     with pytest.raises(ValueError, match="normalization='scale': expected one of 'kept', 'removed', 'affine'"):
         fi.structure(*linen(nn.LayerNorm)[:1], X, normalization="scale")
+
+
+@pytest.mark.parametrize("normalization", ["removed", "affine"])
+def test_a_normalization_that_a_scan_reads(normalization: Any) -> None:
+    """Its result is the same in all passes, as an encoder's is for a scanned decoder."""
+    keys = jax.random.split(KEY, 3)
+    p = {
+        "norm": {"scale": SCALE}, "in": jax.random.normal(keys[0], (8, 8)), "w": jax.random.normal(keys[1], (3, 8, 8)),
+    }  # fmt: skip
+
+    def apply(p: Any, x: Any, normalize: Any) -> Any:
+        encoded = normalize(p["norm"], x @ p["in"])
+        return jax.lax.scan(lambda x, w: (x + jnp.tanh(encoded @ w), None), x, p["w"])[0]
+
+    def instead(p: Any, x: Any) -> Any:
+        return x * p["scale"] if normalization == "affine" else x
+
+    bypassed = fi.analyze(fi.Function(lambda p, x: apply(p, x, rms), p), p, X, normalization=normalization)
+    without = fi.analyze(fi.Function(lambda p, x: apply(p, x, instead), p), p, X)
+    for kind in ("weight", "nonlinearity", "output"):
+        found, expected = (
+            [r.forward.second_moment for r in m.select(kind) if r.forward is not None] for m in (bypassed, without)
+        )
+        assert found == pytest.approx(expected, rel=1e-5) and found, kind

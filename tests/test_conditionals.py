@@ -97,6 +97,19 @@ def test_what_runs_is_measured_as_without_the_conditional(flag: int, normalizati
     assert not ours.unmeasured
 
 
+def test_in_float64() -> None:
+    """Statistics are float32 in both arms."""
+    narrow_p = drawn()
+    with jax.enable_x64(True):
+        p, x = jax.tree.map(lambda a: a.astype(jnp.float64), (narrow_p, X))
+        wide = fi.analyze(fi.Function(conditional, p), p, x, jnp.int32(2), key=jax.random.key(3))
+    narrow = fi.analyze(fi.Function(conditional, narrow_p), narrow_p, X, jnp.int32(2), key=jax.random.key(3))
+    for a, b in zip(wide.rows, narrow.rows, strict=True):
+        assert a.dtype == "float64" and (a.forward is None) == (b.forward is None)
+        if a.forward is not None and b.forward is not None:
+            assert a.forward.variance == pytest.approx(b.forward.variance, rel=1e-4)
+
+
 def test_a_layer_that_did_not_run_is_no_dead_layer() -> None:
     p = drawn()
     model = fi.Function(conditional, p)
