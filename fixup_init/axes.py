@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from fixup_init import jaxprs
 from fixup_init.graph import Graph
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
+from fixup_init.program import SLICE_IN, STACK_OUT, Op
 
 __all__ = ["Piece", "Pieces", "batch_axes", "follow", "mixes", "reduced"]
 
@@ -38,7 +38,7 @@ _SCATTERS = frozenset({p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_
 # Operations whose result has other axes than their argument.
 _MOVING = _REDUCTIONS | _SCATTERS | {
     p.broadcast_in_dim_p, p.reshape_p, p.transpose_p, p.squeeze_p, p.dot_general_p, p.conv_general_dilated_p,
-    p.gather_p, jaxprs.SLICE_IN, jaxprs.STACK_OUT,
+    p.gather_p, SLICE_IN, STACK_OUT,
 }  # fmt: skip
 _MIXING = _REDUCTIONS | _WINDOWS | _CUMULATIVE | {p.dot_general_p}
 
@@ -119,9 +119,9 @@ def _moved(graph: Graph, op: Op, known: Mapping[int, Pieces]) -> Pieces:
         out = _without(first, params["dimensions"])
     elif primitive in _REDUCTIONS:
         out = _without(first, _summed(op))
-    elif primitive is jaxprs.SLICE_IN:
+    elif primitive is SLICE_IN:
         out = _without(first, (0,))
-    elif primitive is jaxprs.STACK_OUT:
+    elif primitive is STACK_OUT:
         out = tuple(q._replace(axis=q.axis + 1) for q in first)
     elif primitive is p.dot_general_p:
         out = _contracted(op, known, [len(shape(v)) for v in op.inputs[:2]])

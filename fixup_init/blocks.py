@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from fixup_init import jaxprs
+from fixup_init import jaxprs, running
 from fixup_init.compiled import jitted
 from fixup_init.gathering import Gathering
 from fixup_init.graph import Graph
-from fixup_init.jaxprs import Arms, Body, Op, Shards
+from fixup_init.program import Arms, Body, Op, Shards, devices
 from fixup_init.statistics import SIZE, Layout, combined, gather, measure, norm
 
 __all__ = ["Block", "Pulled", "backward", "cut", "forward"]
@@ -255,18 +255,18 @@ def _run(
         found: dict[int, Any] = {}
         outs: Sequence[Any]
         if step.body is None:
-            outs = jaxprs.bind(step, args)
+            outs = running.bind(step, args)
         elif isinstance(step.body, Body):
-            outs, found = jaxprs.run_scan(step, args, env, inner_slots, within)
+            outs, found = running.run_scan(step, args, env, inner_slots, within)
         elif isinstance(step.body, Arms):
             blank = {v: _zeros(passes) + inside for v, passes in inner.items()} if slots is None else {}
-            outs, found = jaxprs.run_arms(
+            outs, found = running.run_arms(
                 step, env, lambda s, local, blank=blank, at=inner_slots: blank | within(s, local, at)
             )
         else:
-            n = jaxprs.devices(step)
+            n = devices(step)
             each = jax.tree.map(lambda slot, n=n: _spread(slot, n), inner_slots)
-            outs, found = jaxprs.run_shards(
+            outs, found = running.run_shards(
                 step, args, env, (each, jnp.zeros(n, jnp.float32)), lambda s, local, at: _run(s, local, taps, *at)
             )
             found = jax.tree.map(combined, found)

@@ -9,10 +9,10 @@ from typing import Literal
 
 import numpy as np
 
-from fixup_init import jaxprs
 from fixup_init.graph import Graph
-from fixup_init.jaxprs import Arm, Op, p
+from fixup_init.jaxprs import p
 from fixup_init.orders import ADDITIVE, Order, orders
+from fixup_init.program import CARRY_OUT, STACK_OUT, Arm, Op
 from fixup_init.terms import Streams, Term, ops_of
 
 __all__ = ["Branch", "Role", "arms_of", "branch_of"]
@@ -214,7 +214,7 @@ def _steers(graph: Graph, layer: int, nodes: set[int], normed: set[int]) -> Role
     return "control"
 
 
-_RESULTS = (jaxprs.CARRY_OUT, jaxprs.STACK_OUT)
+_RESULTS = (CARRY_OUT, STACK_OUT)
 
 
 def _depth(graph: Graph, nodes: list[int], below: frozenset[int]) -> int:

@@ -9,15 +9,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fixup_init import jaxprs
+from fixup_init import jaxprs, running
 from fixup_init.graph import COPIES, NOISE, Graph
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
+from fixup_init.program import IDENTITY, Op
 
 __all__ = ["Nonlinearity", "find", "limits"]
 
 _LINEAR = frozenset({
     p.add_p, p.sub_p, p.mul_p, p.div_p, p.neg_p, p.convert_element_type_p, p.copy_p, p.select_n_p, p.stop_gradient_p,
-    p.name_p, p.reduce_precision_p, jaxprs.IDENTITY,
+    p.name_p, p.reduce_precision_p, IDENTITY,
 })  # fmt: skip
 _NONLINEAR = frozenset({
     p.max_p, p.min_p, p.clamp_p, p.tanh_p, p.logistic_p, p.exp_p, p.exp2_p, p.expm1_p, p.log_p, p.log1p_p, p.erf_p,
@@ -87,7 +88,7 @@ def _limits(graph: Graph, nonlinearity: Nonlinearity, formula: list[Op]) -> tupl
     env: dict[int, Any] = {source: jnp.asarray(_FAR, dtype(source))}
     for op in formula:
         args = [env[v] if v in env else jnp.full(len(_FAR), graph.literal(v) or 0.0, dtype(v)) for v in op.inputs]
-        env.update(zip(op.outputs, jaxprs.bind(op, args), strict=True))
+        env.update(zip(op.outputs, running.bind(op, args), strict=True))
     ends = [float(y) for y in env[graph.value(nonlinearity.node)]]
     flat = all(map(math.isfinite, ends)) and ends[0] == ends[1] and ends[2] == ends[3]
     return (min(ends), max(ends)) if flat and ends[0] != ends[3] else None

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fixup_init import jaxprs
-from fixup_init.jaxprs import Loop, Op, Program, p
+from fixup_init.jaxprs import p
+from fixup_init.program import CARRY_IN, IDENTITY, SHARD_IN, SLICE_IN, Loop, Op, Program
 
 __all__ = ["COPIES", "Graph", "Layer", "Leaf", "Split", "ancestors", "build", "latest_common_ancestor", "reaches"]
 
@@ -154,7 +155,7 @@ def build(program: Program, leaves: Sequence[Leaf]) -> Graph:
         for v in op.inputs:
             bits |= kind[v]
         if (
-            op.primitive is jaxprs.CARRY_IN
+            op.primitive is CARRY_IN
             and op.loop in in_active_loop
             and jnp.issubdtype(program.dtype(op.outputs[0]), jnp.inexact)
         ):
@@ -201,7 +202,7 @@ def _loops_with_activations(program: Program, kind: list[int]) -> set[Any]:
         for v in op.inputs:
             b |= bits[v]
         if op.loop in active:
-            b |= INPUT if op.primitive is jaxprs.CARRY_IN else 0
+            b |= INPUT if op.primitive is CARRY_IN else 0
         for v in op.outputs:
             bits[v] = b
         loop = op.loop
@@ -409,9 +410,9 @@ def _parts(program: Program, maker: dict[int, int], value: int) -> tuple[int, ..
     whole = (1,) * len(program.shape(value))
     while (k := maker.get(value)) is not None:
         op = program.ops[k]
-        if op.primitive is jaxprs.SHARD_IN:
+        if op.primitive is SHARD_IN:
             return op.params["parts"]
-        if op.primitive not in (p.convert_element_type_p, p.copy_p, jaxprs.IDENTITY, *jaxprs.collectives()):
+        if op.primitive not in (p.convert_element_type_p, p.copy_p, IDENTITY, *jaxprs.collectives()):
             return whole
         value = op.inputs[0]
     return whole
@@ -555,5 +556,5 @@ def reaches(graph: Graph, node: int, descendant: int) -> bool:
 _JOINING = frozenset({p.add_p, p.sub_p, p.concatenate_p, p.complex_p, jaxprs.STACK, p.dynamic_update_slice_p})
 COPIES = frozenset({
     p.broadcast_in_dim_p, p.reshape_p, p.convert_element_type_p, p.squeeze_p, p.transpose_p, p.copy_p,
-    jaxprs.SLICE_IN, jaxprs.SHARD_IN, jaxprs.IDENTITY,
+    SLICE_IN, SHARD_IN, IDENTITY,
 })  # fmt: skip

@@ -17,8 +17,9 @@ import numpy as np
 
 from fixup_init import axes, jaxprs
 from fixup_init.graph import STATE, Graph
-from fixup_init.jaxprs import Op, Program, p
+from fixup_init.jaxprs import p
 from fixup_init.orders import SQUASH, orders
+from fixup_init.program import Op, Program
 
 __all__ = ["Norm", "check_bypass", "find", "keep_affine", "remove"]
 

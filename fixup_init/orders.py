@@ -21,7 +21,8 @@ import numpy as np
 
 from fixup_init import jaxprs
 from fixup_init.graph import COPIES, Graph
-from fixup_init.jaxprs import Loop, Op, p
+from fixup_init.jaxprs import p
+from fixup_init.program import CARRY_IN, CARRY_OUT, CHOOSE, IDENTITY, SHARD_IN, SHARD_OUT, SLICE_IN, STACK_OUT, Loop, Op
 
 __all__ = ["ADDITIVE", "SQUASH", "Order", "has_rule", "orders"]
 
@@ -37,8 +38,8 @@ KEEP = frozenset({
     p.sharding_constraint_p, p.name_p, p.top_k_p, p.approx_top_k_p, p.device_put_p,
     p.tanh_p, p.sin_p, p.tan_p, p.asin_p, p.atan_p, p.sinh_p, p.asinh_p, p.atanh_p, p.erf_p, p.erf_inv_p, p.expm1_p,
     p.log1p_p, jaxprs.SPLIT, jaxprs.UNSTACK, jaxprs.TILE, p.psum_p, p.all_gather_p, p.ppermute_p, p.pmax_p, p.pmin_p,
-    jaxprs.CARRY_IN, jaxprs.CARRY_OUT, jaxprs.SLICE_IN, jaxprs.STACK_OUT, jaxprs.IDENTITY, jaxprs.SHARD_IN,
-    jaxprs.SHARD_OUT, p.all_to_all_p, p.ragged_all_to_all_p, p.cumlogsumexp_p, p.cumprod_p,
+    CARRY_IN, CARRY_OUT, SLICE_IN, STACK_OUT, IDENTITY, SHARD_IN,
+    SHARD_OUT, p.all_to_all_p, p.ragged_all_to_all_p, p.cumlogsumexp_p, p.cumprod_p,
     p.reduce_prod_p,
 })  # fmt: skip
 LEAST = frozenset({
@@ -63,7 +64,7 @@ _DISCRETE = frozenset({
     p.rng_uniform_p, p.threefry2x32_p, p.population_count_p, p.clz_p, p.reduce_xor_p,
 })  # fmt: skip
 _POWERS = frozenset({p.integer_pow_p, p.pow_p, p.square_p, p.sqrt_p, p.rsqrt_p, p.cbrt_p})
-_OTHERS = frozenset({p.select_n_p, p.clamp_p, p.div_p, p.sort_p, jaxprs.CHOOSE})
+_OTHERS = frozenset({p.select_n_p, p.clamp_p, p.div_p, p.sort_p, CHOOSE})
 _RULED = KEEP | LEAST | PRODUCT | SQUASH | _DISCRETE | _POWERS | _OTHERS
 
 
@@ -123,7 +124,7 @@ def _run(made: Sequence[Op], known: dict[int, Order], asked: _Question) -> None:
     for k, op in enumerate(made):
         if k < at:
             continue
-        if op.primitive is jaxprs.CARRY_IN and op.loop is not None and (body := _body(made, k)):
+        if op.primitive is CARRY_IN and op.loop is not None and (body := _body(made, k)):
             at = k + body
             _again(made[k:at], op.loop, known, asked)
             continue
@@ -146,10 +147,8 @@ def _body(made: Sequence[Op], at: int) -> int:
     while n < len(made) and _within(made[n].loop, loop):
         n += 1
     ends = {out for _, out in loop.carries}
-    leaves = any(op.primitive is jaxprs.CARRY_OUT and op.inputs[0] in ends for op in made[n:])
-    leaves |= any(
-        op.primitive is jaxprs.STACK_OUT and any(op.inputs[0] in o.outputs for o in made[at:n]) for op in made[n:]
-    )
+    leaves = any(op.primitive is CARRY_OUT and op.inputs[0] in ends for op in made[n:])
+    leaves |= any(op.primitive is STACK_OUT and any(op.inputs[0] in o.outputs for o in made[at:n]) for op in made[n:])
     return n - at if leaves else 0
 
 
@@ -164,7 +163,7 @@ _PASSES = 3
 
 def _again(body: Sequence[Op], loop: Loop, known: dict[int, Order], asked: _Question) -> None:
     """Runs the body of a scan as often as it shows how its carries go on, and goes on with that."""
-    starts = [op for op in body if op.primitive is jaxprs.CARRY_IN and op.loop is loop]
+    starts = [op for op in body if op.primitive is CARRY_IN and op.loop is loop]
     rest = [op for op in body if op not in starts]
     passes = min(_PASSES, loop.length)
     _run(starts, known, asked)
@@ -242,7 +241,7 @@ def _rule(graph: Graph, op: Op, far: bool) -> Rule:
         return _selected([given(v) for v in (op.inputs[1:] if chosen is None else [op.inputs[1 + chosen]])])
     if primitive is p.clamp_p:
         return _kept(*given(op.inputs[1]))
-    if primitive is jaxprs.CHOOSE:
+    if primitive is CHOOSE:
         return _chosen([given(v) for v in op.inputs[:-1]], op.params["switch"])
     if primitive is p.div_p:
         return _divided(given(op.inputs[0]), given(op.inputs[1]))

@@ -16,10 +16,10 @@ from fixup_init import jaxprs, moments, schemes, taps
 from fixup_init.branch import arms_of
 from fixup_init.frameworks import ModelError
 from fixup_init.graph import Graph, Leaf, ancestors
-from fixup_init.jaxprs import Op
 from fixup_init.measurement import Probe, probe_values
 from fixup_init.moments import Interpreter, Node, Normalization, Value
 from fixup_init.plan import Entry, Plan
+from fixup_init.program import Op, Program
 from fixup_init.propagation import NOT_RUN, Propagation, Row, Statistics
 from fixup_init.quadrature import Quantile
 from fixup_init.schemes import Scheme
@@ -412,6 +412,6 @@ def _install(traced: Traced, interpreter: Interpreter) -> None:
         interpreter.instead.setdefault(id(root.end), functools.partial(root, interpreter))
 
 
-def _nonzero(program: jaxprs.Program, parameters: Mapping[int, Value]) -> list[np.ndarray]:
+def _nonzero(program: Program, parameters: Mapping[int, Value]) -> list[np.ndarray]:
     """In place of each parameter's entries, whether any is not zero: what `analyze.probe_values` asks of them."""
     return [np.array(v not in parameters or bool(parameters[v].unknown or parameters[v].terms)) for v in program.inputs]

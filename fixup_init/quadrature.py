@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from fixup_init import jaxprs
-from fixup_init.jaxprs import Op, p
+from fixup_init import jaxprs, running
+from fixup_init.jaxprs import p
+from fixup_init.program import IDENTITY, Op, Program
 
 __all__ = ["X", "Formula", "Quantile", "constant", "expand", "gauss_hermite", "of_op", "paired", "product", "slope"]
 
@@ -95,7 +96,7 @@ def slope(op: Op, args: Sequence[Formula], casts: Sequence[Any], which: int) -> 
     return _keyed(kind="slope", op=op, args=tuple(args), casts=tuple(casts), which=which)
 
 
-_rules: dict[Any, jaxprs.Program | None] = {}
+_rules: dict[Any, Program | None] = {}
 
 
 def slope_by_rule(call: Op, args: Sequence[Formula], avals: Sequence[Any], which: int) -> Formula | None:
@@ -112,7 +113,7 @@ def slope_by_rule(call: Op, args: Sequence[Formula], avals: Sequence[Any], which
 
         def along(*xs: Any) -> Any:
             def one(x: Any) -> Any:
-                return jaxprs.bind(call, [*xs[:which], x, *xs[which + 1 :]])[0]
+                return running.bind(call, [*xs[:which], x, *xs[which + 1 :]])[0]
 
             return jax.jvp(one, (xs[which],), (jnp.ones_like(xs[which]),))[1]
 
@@ -125,7 +126,7 @@ def slope_by_rule(call: Op, args: Sequence[Formula], avals: Sequence[Any], which
     return _formula_of(program, args) if program is not None else None
 
 
-def _formula_of(program: jaxprs.Program, args: Sequence[Formula]) -> Formula | None:
+def _formula_of(program: Program, args: Sequence[Formula]) -> Formula | None:
     env = dict(zip(program.inputs, args, strict=True))
     env |= {v: constant(float(c)) for v, c in program.constants.items() if np.ndim(c) == 0}
     for op in program.ops:
@@ -177,12 +178,12 @@ def _evaluate(formula: Formula, x: np.ndarray, memo: dict[int, Any]) -> Any:
                 new = op.params["new_dtype"]
                 found = _cast(np.trunc(args[0]) if _whole(new) else args[0], new)
             elif formula.kind == "op":
-                found = jaxprs.bind(op, args)[0]
+                found = running.bind(op, args)[0]
             else:
                 which = formula.which
 
                 def along(one: Any) -> Any:
-                    return jaxprs.bind(op, [*args[:which], one, *args[which + 1 :]])[0]
+                    return running.bind(op, [*args[:which], one, *args[which + 1 :]])[0]
 
                 found = jax.jvp(along, (args[which],), (np.ones(x.shape),))[1]
     memo[formula.key] = found
@@ -493,7 +494,7 @@ def gauss_hermite(function: Callable[[Any], Any], mean: float = 0.0, std: float 
 
 
 def _simple(op: Op, args: Sequence[Formula], casts: Sequence[Any]) -> Formula:
-    if op.primitive in (p.copy_p, p.stop_gradient_p, p.name_p, jaxprs.IDENTITY, p.reduce_precision_p):
+    if op.primitive in (p.copy_p, p.stop_gradient_p, p.name_p, IDENTITY, p.reduce_precision_p):
         return args[0]
     if op.primitive is p.convert_element_type_p and jnp.issubdtype(op.params["new_dtype"], jnp.floating):
         return args[0]
@@ -504,7 +505,7 @@ def derivative(op: Op, args: Sequence[Formula], inner: Sequence[Formula], casts:
     """d/dx of an operation whose arguments have the derivatives `inner`."""
     if op.primitive in FLAT:
         return constant(0.0)
-    if op.primitive in (p.copy_p, p.name_p, jaxprs.IDENTITY, p.reduce_precision_p):
+    if op.primitive in (p.copy_p, p.name_p, IDENTITY, p.reduce_precision_p):
         return inner[0]
     if op.primitive is p.convert_element_type_p:
         floating = all(jnp.issubdtype(d, jnp.floating) for d in (casts[0], op.params["new_dtype"]))
@@ -523,7 +524,7 @@ FLAT = frozenset({
 })  # fmt: skip
 SMOOTH = frozenset({
     p.add_p, p.sub_p, p.mul_p, p.div_p, p.neg_p, p.convert_element_type_p, p.copy_p, p.select_n_p, p.name_p,
-    p.reduce_precision_p, jaxprs.IDENTITY, p.max_p, p.min_p, p.clamp_p, p.tanh_p, p.logistic_p, p.exp_p, p.exp2_p,
+    p.reduce_precision_p, IDENTITY, p.max_p, p.min_p, p.clamp_p, p.tanh_p, p.logistic_p, p.exp_p, p.exp2_p,
     p.expm1_p, p.log_p, p.log1p_p, p.erf_p, p.erfc_p, p.erf_inv_p, p.abs_p, p.square_p, p.sqrt_p, p.rsqrt_p, p.cbrt_p,
     p.integer_pow_p, p.pow_p, p.sin_p, p.cos_p, p.tan_p, p.sinh_p, p.cosh_p, p.asin_p, p.acos_p, p.atan_p, p.asinh_p,
     p.acosh_p, p.atanh_p, p.lgamma_p, p.digamma_p, p.atan2_p, p.nextafter_p, p.rem_p, p.add_jaxvals_p, jaxprs.LOG2,

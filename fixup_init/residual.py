@@ -13,11 +13,11 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from fixup_init import jaxprs
 from fixup_init.branch import Branch, branch_of
 from fixup_init.graph import COPIES, Graph, Split, latest_common_ancestor, reaches
 from fixup_init.jaxprs import p
 from fixup_init.normalization import Norm
+from fixup_init.program import CARRY_IN
 from fixup_init.terms import (
     SCALING,
     SUMS,
@@ -375,7 +375,7 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
     begun = graph.op(split.node)
     if graph.loop(split.node) is not graph.loop(node):
         return None  # a state that a loop is given
-    empty = begun is not None and begun.primitive is jaxprs.CARRY_IN and not graph.parents[split.node]
+    empty = begun is not None and begun.primitive is CARRY_IN and not graph.parents[split.node]
     if empty and not any(t.layers for t in terms):
         return None  # a state that starts empty and is not refined by layers: a recurrence over time
     skip = together(skips)

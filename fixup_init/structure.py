@@ -12,9 +12,10 @@ from fixup_init import jaxprs
 from fixup_init.branch import Branch as BranchNodes
 from fixup_init.branch import arms_of
 from fixup_init.graph import COPIES, Graph, ancestors
-from fixup_init.jaxprs import Loop, p
+from fixup_init.jaxprs import p
 from fixup_init.orders import has_rule, orders
 from fixup_init.plain import plain
+from fixup_init.program import Loop
 from fixup_init.residual import Residual
 from fixup_init.residual import Undecided as UndecidedNodes
 from fixup_init.tracing import Traced, trace, uncollected
@@ -267,7 +268,7 @@ class Structure:
         return tree(self)
 
     def _repr_html_(self) -> str:
-        from fixup_init.report.drawing import svg
+        from fixup_init.report.svg import svg
 
         return svg(self)
 

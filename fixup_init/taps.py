@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from fixup_init import elementwise
 from fixup_init.axes import batch_axes
 from fixup_init.graph import Graph
-from fixup_init.jaxprs import Loop, p
+from fixup_init.jaxprs import p
+from fixup_init.program import Loop
 from fixup_init.propagation import RowKind
 from fixup_init.statistics import Layout
 from fixup_init.tracing import Traced

@@ -10,9 +10,10 @@ import numpy as np
 
 from fixup_init import jaxprs
 from fixup_init.graph import COPIES, Graph, Split, ancestors
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.normalization import Norm
 from fixup_init.orders import PRODUCT, Order, has_rule, orders
+from fixup_init.program import CARRY_IN, CARRY_OUT, IDENTITY, SHARD_IN, SHARD_OUT, SLICE_IN, STACK_OUT, Op
 
 __all__ = [
     "SCALING", "SUMS", "UNSCALED", "Streams", "Term", "addends", "apart", "carries", "follows", "is_fed", "is_gated",
@@ -29,7 +30,7 @@ MIXING = frozenset({
 _RESHAPING = frozenset({
     p.pad_p, p.concatenate_p, p.slice_p, p.reshape_p, p.transpose_p, p.gather_p, p.dynamic_slice_p, p.rev_p, *MIXING,
 })  # fmt: skip
-UNSCALED = frozenset({p.stop_gradient_p, p.convert_element_type_p, p.copy_p, jaxprs.IDENTITY})
+UNSCALED = frozenset({p.stop_gradient_p, p.convert_element_type_p, p.copy_p, IDENTITY})
 SCALING = UNSCALED | COPIES | {p.mul_p, p.div_p, p.neg_p}
 # Linear functions of their arguments, whatever these are.
 _LINEAR = frozenset({
@@ -37,8 +38,8 @@ _LINEAR = frozenset({
     p.broadcast_in_dim_p, p.reshape_p, p.transpose_p, p.squeeze_p, p.copy_p, p.slice_p, p.rev_p, p.pad_p,
     p.concatenate_p, p.real_p, p.imag_p, p.complex_p, p.conj_p, p.fft_p, p.stop_gradient_p, p.sharding_constraint_p,
     p.name_p, p.psum_p, p.reduce_precision_p, p.device_put_p, jaxprs.SPLIT, jaxprs.STACK, jaxprs.UNSTACK, jaxprs.TILE,
-    jaxprs.CARRY_IN, jaxprs.CARRY_OUT, jaxprs.SLICE_IN, jaxprs.STACK_OUT, jaxprs.SHARD_IN, jaxprs.SHARD_OUT,
-    jaxprs.IDENTITY,
+    CARRY_IN, CARRY_OUT, SLICE_IN, STACK_OUT, SHARD_IN, SHARD_OUT,
+    IDENTITY,
 })  # fmt: skip
 
 

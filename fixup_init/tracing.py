@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from fixup_init import frameworks, graph, jaxprs, normalization, residual
 from fixup_init.frameworks import Application, ModelError
 from fixup_init.frameworks.application import arrays_in, path_of
+from fixup_init.program import Program
 
 __all__ = ["NORMALIZATION", "Traced", "check_normalization", "trace", "uncollected", "without_normalization"]
 
@@ -86,7 +87,7 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     return _understood(application, _restorer(result), program, leaves)
 
 
-def _program(application: Application, arguments: Any, args: Any, kwargs: Any) -> tuple[jaxprs.Program, Any]:
+def _program(application: Application, arguments: Any, args: Any, kwargs: Any) -> tuple[Program, Any]:
     results: list[Any] = []
 
     def arrays_of(*a: Any) -> Any:
@@ -137,7 +138,7 @@ def _restorer(result: Any) -> Callable[[Sequence[Any]], Any]:
 
 
 def _understood(
-    application: Application, restore: Callable[[Sequence[Any]], Any], program: jaxprs.Program, leaves: list[graph.Leaf]
+    application: Application, restore: Callable[[Sequence[Any]], Any], program: Program, leaves: list[graph.Leaf]
 ) -> Traced:
     found = graph.build(program, leaves)
     norms = normalization.find(found)

@@ -25,10 +25,12 @@ from fixup_init.extras import require
 from fixup_init.models.resnet import cifar_resnet, imagenet_resnet
 from fixup_init.predict import predict
 from fixup_init.propagation import Comparison, Propagation, Row, Statistics, Weight
-from fixup_init.report.drawing import Box, Node, Text, lay_out, svg
+from fixup_init.report.drawing import lay_out
 from fixup_init.report.figure import figure, save
 from fixup_init.report.html import TrainingRun, html, structure_html, write
 from fixup_init.report.layout import fold, line, merged, number, pairs, positions, selection, words
+from fixup_init.report.picture import Box, Node, Text
+from fixup_init.report.svg import svg
 from fixup_init.report.table import records, to_csv
 from fixup_init.report.tensorboard import to_tensorboard
 from fixup_init.report.text import comparison_table, propagation_table

@@ -15,7 +15,8 @@ import pytest
 import fixup_init as fi
 from fixup_init.plain import plain
 from fixup_init.propagation import Propagation, Row, Statistics, Weight
-from fixup_init.verdicts import HEADROOM, Verdict, verdicts
+from fixup_init.verdicts import Verdict, verdicts
+from fixup_init.verdicts.rows import HEADROOM
 
 WIDTH = 32
 VECTORS = jax.ShapeDtypeStruct((16, WIDTH), jnp.float32)

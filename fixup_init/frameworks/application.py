@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fixup_init.jaxprs import Program
+from fixup_init.program import Program
 
 __all__ = [
     "Application", "Arguments", "ModelError", "arrays_in", "is_array", "path_of", "split_arguments",

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 from flax.core.scope import DenyList
 
-from fixup_init import jaxprs
+from fixup_init import jaxprs, running
 from fixup_init.frameworks.application import Application, Arguments, abstract, arrays_in, split_arguments
 
 __all__ = ["adapt"]
@@ -50,7 +50,7 @@ def adapt(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ap
         _, tree = jax.tree.flatten(tree_of)
         order = separate(jax.tree.unflatten(tree, program.outputs))
         chosen = [v for v, w in zip(jax.tree.leaves(order), wanted, strict=True) if w]
-        drawn = iter(jaxprs.evaluate(program.returning(chosen), [rng, *arguments.arrays]) if chosen else ())
+        drawn = iter(running.evaluate(program.returning(chosen), [rng, *arguments.arrays]) if chosen else ())
         return [next(drawn) if w else None for w in wanted]
 
     def combine(params: Any, state: Any) -> Any:

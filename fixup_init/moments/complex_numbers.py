@@ -16,13 +16,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fixup_init import jaxprs
-from fixup_init.jaxprs import Op, p
+from fixup_init import jaxprs, running
+from fixup_init.jaxprs import p
 from fixup_init.moments.combining import combined
 from fixup_init.moments.elementwise import of_two
 from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.linear import Matrix, linear
 from fixup_init.moments.values import Value, known, ones, unit
+from fixup_init.program import CARRY_IN, CARRY_OUT, CHOOSE, IDENTITY, SLICE_IN, Op
 
 Pair = tuple[Any, Any]  # the real and the imaginary part
 
@@ -58,9 +59,9 @@ _ALIKE = frozenset({
     p.transpose_p, p.reshape_p, p.squeeze_p, p.broadcast_in_dim_p, p.slice_p, p.dynamic_slice_p, p.rev_p,
     p.concatenate_p, p.pad_p, p.reduce_sum_p, p.cumsum_p, p.gather_p, p.select_n_p, p.neg_p, p.add_p, p.sub_p,
     p.add_jaxvals_p, p.copy_p, p.stop_gradient_p, p.name_p, p.dynamic_update_slice_p, p.scatter_p, p.scatter_add_p,
-    jaxprs.SPLIT, jaxprs.TILE, jaxprs.STACK, jaxprs.IDENTITY, jaxprs.CHOOSE, jaxprs.SLICE_IN,
+    jaxprs.SPLIT, jaxprs.TILE, jaxprs.STACK, IDENTITY, CHOOSE, SLICE_IN,
 })  # fmt: skip
-_SAME = frozenset({jaxprs.CARRY_IN, jaxprs.CARRY_OUT})
+_SAME = frozenset({CARRY_IN, CARRY_OUT})
 
 
 def concerns(env: Environment, op: Op, args: Sequence[Value]) -> bool:
@@ -93,7 +94,7 @@ def complex_operation(
     """
     primitive: Any = op.primitive
     bad = next((a for a in args if a.unknown), None)
-    if bad is not None and primitive is not jaxprs.CHOOSE:
+    if bad is not None and primitive is not CHOOSE:
         return [Value(env.program.shape(v), unknown=bad.unknown) for v in op.outputs]
     real = [dataclasses.replace(a, imaginary=None, array=None if a.imaginary is not None else a.array) for a in args]
     if primitive in _SAME:
@@ -142,7 +143,7 @@ def _written(op: Op) -> Callable[..., Any] | None:
 
         def bilinear(x: Pair, y: Pair) -> Pair:
             def of(a: Any, b: Any) -> Any:
-                return jaxprs.bind(real, [a, b])[0]
+                return running.bind(real, [a, b])[0]
 
             return of(x[0], y[0]) - of(x[1], y[1]), of(x[0], y[1]) + of(x[1], y[0])
 

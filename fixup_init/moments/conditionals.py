@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from fixup_init import jaxprs
-from fixup_init.jaxprs import Op
 from fixup_init.moments.combining import combined, complement
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import settled
@@ -21,6 +19,7 @@ from fixup_init.moments.polynomials import times
 from fixup_init.moments.rearranging import broadcasted
 from fixup_init.moments.values import Term, Value, function_of, unit, unknown
 from fixup_init.moments.whole_numbers import chosen, whole
+from fixup_init.program import CHOOSE, Op
 
 
 def choose(env: Environment, op: Op, args: list[Value]) -> Value:
@@ -55,5 +54,5 @@ def choose(env: Environment, op: Op, args: list[Value]) -> Value:
 
 
 RULES: dict[Any, Rule] = {
-    jaxprs.CHOOSE: choose,
+    CHOOSE: choose,
 }

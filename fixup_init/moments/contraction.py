@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import Lattice, contracted, mean_contracted, settled, widened
 from fixup_init.moments.polynomials import DEPENDENT, kin_of, moments_of, times
 from fixup_init.moments.values import Layer, Source, Term, Value
+from fixup_init.program import Op
 
 
 def dot(env: Environment, op: Op, args: list[Value]) -> Value:

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import Lattice, joined, settled
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.values import Layer, Source, Value
 from fixup_init.moments.windows import Window
+from fixup_init.program import Op
 
 
 def conv(env: Environment, op: Op, args: list[Value]) -> Value:

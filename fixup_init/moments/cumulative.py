@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import PROFILE, Lattice, joined, parted, settled
 from fixup_init.moments.linear import Matrix, linear
@@ -22,6 +22,7 @@ from fixup_init.moments.ordering import Rows
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.softmax import softmax_square
 from fixup_init.moments.values import Source, Value, sole_source
+from fixup_init.program import Op
 
 INDEPENDENT = "approximate: entries whose products are taken as independent of each other"
 RUNNING = "approximate: the largest of independent entries, in rows that are independent"

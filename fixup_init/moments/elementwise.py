@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from fixup_init import jaxprs, quadrature
-from fixup_init.jaxprs import Op, p
+from fixup_init import jaxprs, quadrature, running
+from fixup_init.jaxprs import p
 from fixup_init.moments import whole_numbers
 from fixup_init.moments.combining import combined, complement
 from fixup_init.moments.distributions import drawn_at, draws
@@ -29,10 +29,11 @@ from fixup_init.moments.random_bits import of_bits
 from fixup_init.moments.rearranging import broadcasted
 from fixup_init.moments.shares import shares
 from fixup_init.moments.values import Node, Source, Term, Value, function_of, is_unit, known, unit
+from fixup_init.program import IDENTITY, Op
 from fixup_init.quadrature import FLAT, Formula, Quantile, X
 
 _SAME = frozenset({
-    p.copy_p, p.stop_gradient_p, p.name_p, jaxprs.IDENTITY, p.reduce_precision_p, p.sharding_constraint_p,
+    p.copy_p, p.stop_gradient_p, p.name_p, IDENTITY, p.reduce_precision_p, p.sharding_constraint_p,
     p.device_put_p,
 })  # fmt: skip
 _TERMS = 24  # of a polynomial, before it becomes one source
@@ -179,7 +180,7 @@ def _function(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
     if all(a.is_constant for a in args):  # with a profile
         arrays = np.broadcast_arrays(*(sum((c for c, _ in a.terms), np.zeros((1,) * rank)) for a in args))
         dtypes = [env.program.dtype(v) for v in op.inputs]
-        found = jaxprs.bind(op, [jnp.asarray(x, d) for x, d in zip(arrays, dtypes, strict=True)])[0]
+        found = running.bind(op, [jnp.asarray(x, d) for x, d in zip(arrays, dtypes, strict=True)])[0]
         return known(shape, np.asarray(found), profile=True)
     common = _common(args)
     if common is None:
@@ -246,7 +247,7 @@ def _gated(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...], 
     bare = Value(shape, merged(inner), {stub: unit(rank)} if whole.slopes else {})
     casts = [env.program.dtype(v) for v in op.inputs]
     numbers = [jnp.asarray(0.0 if j == k else a.number, d) for j, (a, d) in enumerate(zip(args, casts, strict=True))]
-    at_zero = float(np.asarray(jaxprs.bind(op, numbers)[0], np.float64))
+    at_zero = float(np.asarray(running.bind(op, numbers)[0], np.float64))
     there = _function(env, op, [*args[:k], bare, *args[k + 1 :]], shape)
     if there.is_constant and there.array is not None:
         there = dataclasses.replace(there, array=None)
@@ -255,7 +256,7 @@ def _gated(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...], 
     if stub in there.slopes and op.primitive not in FLAT:
 
         def along(x: Any) -> Any:
-            return jaxprs.bind(op, [*numbers[:k], x, *numbers[k + 1 :]])[0]
+            return running.bind(op, [*numbers[:k], x, *numbers[k + 1 :]])[0]
 
         flat = float(jax.jvp(along, (numbers[k],), (jnp.ones_like(numbers[k]),))[1])
         slope = merged([*times(there.slopes[stub], yes), *scaled(no, flat)])
@@ -351,7 +352,7 @@ def _of_operation(env: Environment, op: Op, args: list[Value], shape: tuple[int,
     if any(_common([a]) is None for a in args):
         raise NoRule(f"no rule for `{op.name}` with a constant array")
     casts = [env.program.dtype(v) for v in op.inputs]
-    return of_two(env, lambda *xs: jaxprs.bind(op, xs)[0], args, shape, casts, op.primitive in FLAT)
+    return of_two(env, lambda *xs: running.bind(op, xs)[0], args, shape, casts, op.primitive in FLAT)
 
 
 def of_two(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from fixup_init.jaxprs import Op, Program, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.lattice import Lattice
 from fixup_init.moments.polynomials import DEPENDENT, are_dependent, kin_of, moments_of
@@ -27,6 +27,7 @@ from fixup_init.moments.values import (
     unit,
     unknown,
 )
+from fixup_init.program import Op, Program
 
 MOST = 1 << 24  # entries of a constant array that is looked through
 

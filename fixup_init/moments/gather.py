@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import Lattice, settled
 from fixup_init.moments.lookup import look_up
 from fixup_init.moments.polynomials import DEPENDENT, kin_of, moments_of
 from fixup_init.moments.values import Source, Value
+from fixup_init.program import Op
 
 ANYWHERE = "approximate: entries that differ with their position are read from anywhere"
 

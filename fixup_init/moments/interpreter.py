@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fixup_init import jaxprs, quadrature
-from fixup_init.jaxprs import Op, Program, p
+from fixup_init import jaxprs, quadrature, running
+from fixup_init.jaxprs import p
 from fixup_init.moments import complex_numbers, random_bits
 from fixup_init.moments.elementwise import elementwise
 from fixup_init.moments.environment import MOST, Environment, NoRule
 from fixup_init.moments.rules import RULES, rule_of
 from fixup_init.moments.values import Node, Value, known, unit, unknown
+from fixup_init.program import CARRY_IN, CHOOSE, STACK_OUT, Marker, Op, Program
 
 # Operations that say the same of an array as of one that only repeats it.
 _PLAIN = frozenset({p.gather_p, p.slice_p, p.concatenate_p, p.transpose_p, p.reshape_p, p.squeeze_p})
@@ -67,10 +68,10 @@ class Interpreter(Environment):
         outs: dict[int, list[Value]] = {}
         stacked = [
             op.inputs[0] for op in self.program.ops
-            if op.primitive is jaxprs.STACK_OUT and any(op.inputs[0] in b.outputs for b in body)
+            if op.primitive is STACK_OUT and any(op.inputs[0] in b.outputs for b in body)
         ]  # fmt: skip
-        carried = [op for op in body if op.primitive is jaxprs.CARRY_IN and op.loop is loop]
-        rest = [op for op in body if not (op.primitive is jaxprs.CARRY_IN and op.loop is loop)]
+        carried = [op for op in body if op.primitive is CARRY_IN and op.loop is loop]
+        rest = [op for op in body if not (op.primitive is CARRY_IN and op.loop is loop)]
         starts = {op.outputs[0]: self.read(op.inputs[0]) for op in carried}
         self.values.update(starts)
         for done in range(loop.length):
@@ -158,7 +159,7 @@ class Interpreter(Environment):
         rule = rule_of(primitive)
         if rule is None and quadrature.is_elementwise(primitive):
             rule = elementwise
-        bad = next((a for a in args if a.unknown), None) if primitive is not jaxprs.CHOOSE else args[-1]
+        bad = next((a for a in args if a.unknown), None) if primitive is not CHOOSE else args[-1]
         if bad is not None and bad.unknown:
             return [unknown(s, bad.unknown) for s in shapes]
         if rule is None:
@@ -181,7 +182,7 @@ class Interpreter(Environment):
             for a, d in enumerate(op.params["broadcast_dimensions"]):
                 shape[d] = inner.shape[a]
             return [known(shapes[0], inner.reshape(shape), profile)]
-        elif not isinstance(primitive, jaxprs.Marker) and all(
+        elif not isinstance(primitive, Marker) and all(
             math.prod(s) <= MOST for s in (*shapes, *(a.shape for a in args))
         ):
             if primitive in (p.dot_general_p, p.conv_general_dilated_p):
@@ -194,7 +195,7 @@ class Interpreter(Environment):
             return None
         try:
             dtypes = [self.program.dtype(v) for v in op.inputs]
-            found = jaxprs.bind(op, [jnp.asarray(x, d) for x, d in zip(arrays, dtypes, strict=True)])
+            found = running.bind(op, [jnp.asarray(x, d) for x, d in zip(arrays, dtypes, strict=True)])
         except Exception:
             return None
         return [known(s, np.asarray(x), profile) for s, x in zip(shapes, found, strict=True)]

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from fixup_init import jaxprs
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import distribution, mixture
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import PROFILE, Lattice, diluted, joined, parted, profile_size, same, settled, spread
 from fixup_init.moments.polynomials import is_gaussian, kin_of, moments_of, times
 from fixup_init.moments.rearranging import Move, moved, reshaped_value
 from fixup_init.moments.values import Source, Value, fixed, function_of, known
+from fixup_init.program import Op
 
 
 def concatenate(env: Environment, op: Op, args: list[Value]) -> Value:

@@ -15,12 +15,13 @@ import math
 
 import numpy as np
 
-from fixup_init.jaxprs import Op, Program, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.interpreter import Interpreter
 from fixup_init.moments.lattice import Lattice, kept, settled, widened
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.softmax import CASTS, PASSED, is_reduced, log_sum_moments, softmax_of, walker
 from fixup_init.moments.values import Source, Value
+from fixup_init.program import Op, Program
 
 __all__ = ["LogSum", "log_sums"]
 

@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 
-from fixup_init.jaxprs import Op
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment
 from fixup_init.moments.lattice import Lattice, of_pairs, parted, settled
@@ -21,6 +20,7 @@ from fixup_init.moments.polynomials import DEPENDENT, kin_of, moments_of
 from fixup_init.moments.reshaping import reshaped
 from fixup_init.moments.values import Source, Value
 from fixup_init.moments.whole_numbers import Whole, whole
+from fixup_init.program import Op
 
 
 def look_up(env: Environment, op: Op, table: Value, indices: Value) -> Value | None:

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from fixup_init import jaxprs
-from fixup_init.jaxprs import Op
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import PROFILE, Lattice, joined, parted, profile_size, settled, spread
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.rearranging import Move, moved, reshaped_value
 from fixup_init.moments.values import Source, Value, known, numbers, unknown
+from fixup_init.program import CARRY_OUT, SLICE_IN, STACK_OUT, Op
 
 
 def carry_out(env: Environment, op: Op, args: list[Value]) -> Value:
@@ -82,7 +81,7 @@ def stack_out(env: Environment, op: Op, args: list[Value]) -> Value:
 
 
 RULES: dict[Any, Rule] = {
-    jaxprs.CARRY_OUT: carry_out,
-    jaxprs.SLICE_IN: slice_in,
-    jaxprs.STACK_OUT: stack_out,
+    CARRY_OUT: carry_out,
+    SLICE_IN: slice_in,
+    STACK_OUT: stack_out,
 }

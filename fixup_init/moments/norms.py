@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.interpreter import Interpreter
 from fixup_init.moments.lattice import Lattice, projected, same, settled
@@ -17,6 +17,7 @@ from fixup_init.moments.polynomials import is_linear, kin_of, mean_of, moments_o
 from fixup_init.moments.reshaping import reshaped
 from fixup_init.moments.spectrum import Spectrum
 from fixup_init.moments.values import Node, Source, Value, Way, known, of_source, unit, unknown
+from fixup_init.program import Op
 from fixup_init.quadrature import X
 
 _REDUCING = frozenset({

@@ -22,12 +22,13 @@ import numpy as np
 from scipy import special
 
 from fixup_init import quadrature
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import distribution, of_positive_sum
 from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import PROFILE, Lattice, joined, parted, same, settled
 from fixup_init.moments.polynomials import DEPENDENT, kin_of, moments_of
 from fixup_init.moments.values import Source, Value, of_source, sole_source
+from fixup_init.program import Op
 from fixup_init.quadrature import Quantile
 
 ORDERED = "approximate: entries that are put in order, taken as equally correlated and in rows of one distribution"

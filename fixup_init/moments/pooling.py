@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import Lattice, joined, parted, settled
@@ -15,6 +15,7 @@ from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.reductions import POOLED, largest
 from fixup_init.moments.values import Source, Value
 from fixup_init.moments.windows import Window
+from fixup_init.program import Op
 
 
 def _windows(env: Environment, op: Op, value: Value) -> list[Window]:

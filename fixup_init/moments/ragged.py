@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from fixup_init.jaxprs import Op
 from fixup_init.moments.contraction import einsum
 from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.lattice import joined, parted, settled
 from fixup_init.moments.places import Places
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.values import Source, Value
+from fixup_init.program import Op
 
 
 def ragged_dot(env: Environment, op: Op, args: list[Value]) -> Value:

@@ -9,9 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.values import Value, gaussian, known, of_source, unit
+from fixup_init.program import Op
 from fixup_init.quadrature import Quantile
 
 _KEYS = frozenset({p.random_seed_p, p.random_split_p, p.random_fold_in_p})

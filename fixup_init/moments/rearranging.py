@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fixup_init import jaxprs
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.environment import MOST, Environment, Rule
 from fixup_init.moments.lattice import (
     Lattice,
@@ -29,6 +29,7 @@ from fixup_init.moments.lattice import (
 )
 from fixup_init.moments.reshaping import profile_reshaped, reshaped
 from fixup_init.moments.values import Node, Source, Value, Way, padded, unit
+from fixup_init.program import Op
 
 _PLACED = 256  # entries of an axis along which a cotangent is held position by position, where a block was cut out
 

@@ -15,12 +15,13 @@ import numpy as np
 from scipy import special
 
 from fixup_init import quadrature
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import distribution, drawn_at, draws, of_positive_sum
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import Lattice, Profile, repeated, same, settled, total, widened
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.values import Source, Value, padded, sole_source
+from fixup_init.program import Op
 from fixup_init.quadrature import Quantile
 
 PRODUCT = "approximate: a product of entries that are taken as independent"

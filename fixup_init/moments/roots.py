@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from fixup_init.jaxprs import Op, Program, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.interpreter import Interpreter
 from fixup_init.moments.lattice import Lattice, same, settled, widened
 from fixup_init.moments.polynomials import moments_of
 from fixup_init.moments.softmax import CASTS, is_reduced, walker
 from fixup_init.moments.values import Node, Value, Way, unit
+from fixup_init.program import Op, Program
 
 __all__ = ["Root", "roots"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fixup_init import jaxprs
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.combining import combined, complement
 from fixup_init.moments.distributions import of_positive_sum
 from fixup_init.moments.environment import Environment, NoRule, Rule
@@ -25,6 +25,7 @@ from fixup_init.moments.reductions import POOLED, largest
 from fixup_init.moments.reshaping import reshaped
 from fixup_init.moments.values import Source, Term, Value, function_of, unit
 from fixup_init.moments.whole_numbers import chosen
+from fixup_init.program import Op
 
 LEFT_OUT = "approximate: entries that nothing reaches are infinite, and left out"
 NUMBERS = "approximate: the largest of the mean number of values that reach an entry"

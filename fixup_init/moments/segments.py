@@ -15,13 +15,14 @@ import math
 import numpy as np
 from scipy import special
 
-from fixup_init.jaxprs import Op, Program, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.lattice import Lattice, settled
 from fixup_init.moments.places import Places, places_of
 from fixup_init.moments.polynomials import kin_of, second_of
 from fixup_init.moments.softmax import TOKENS, softmax_square, walker
 from fixup_init.moments.values import Source, Value, unknown
+from fixup_init.program import Op, Program
 from fixup_init.quadrature import Quantile
 
 _CAST = frozenset({p.convert_element_type_p, p.copy_p})

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from fixup_init import jaxprs
-from fixup_init.jaxprs import Op, Program, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.environment import Environment
 from fixup_init.moments.lattice import PROFILE, WIDE, Lattice, settled
 from fixup_init.moments.polynomials import kin_of, second_of
 from fixup_init.moments.values import Source, Value, padded, unknown
+from fixup_init.program import IDENTITY, Op, Program
 from fixup_init.quadrature import Quantile
 
 INSIDE = "an exponential inside of a softmax"
@@ -48,7 +48,7 @@ class Softmax:
 
 PASSED = frozenset({
     p.broadcast_in_dim_p, p.reshape_p, p.convert_element_type_p, p.squeeze_p, p.copy_p, p.stop_gradient_p,
-    jaxprs.IDENTITY,
+    IDENTITY,
 })  # fmt: skip
 
 

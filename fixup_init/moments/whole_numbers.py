@@ -14,13 +14,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fixup_init.jaxprs import Op, p
+from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import SAMPLES, drawn_at, draws
 from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.lattice import PROFILE, Lattice, settled
 from fixup_init.moments.polynomials import DEPENDENT, kin_of, merged, moments_of, scaled
 from fixup_init.moments.random_bits import equally_likely
 from fixup_init.moments.values import Source, Term, Value, known, of_source, sole_source, unit
+from fixup_init.program import Op
 from fixup_init.quadrature import Quantile, X
 
 _MOST = 1 << 17  # entries of constant indices that are counted

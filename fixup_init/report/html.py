@@ -19,7 +19,6 @@ from fixup_init.files import replacing
 from fixup_init.plain import plain
 from fixup_init.plan import Plan
 from fixup_init.propagation import Comparison, Propagation, Statistics
-from fixup_init.report.drawing import svg
 from fixup_init.report.layout import (
     MARKS,
     Pair,
@@ -36,6 +35,7 @@ from fixup_init.report.layout import (
     words,
 )
 from fixup_init.report.records import TrainingRun
+from fixup_init.report.svg import svg
 from fixup_init.report.tree import plan_table, tree
 from fixup_init.structure import Structure
 from fixup_init.verdicts import Verdict
