@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fixup_init import blocks, frameworks, statistics, taps
+from fixup_init import blocks, cutting, frameworks, statistics, taps
+from fixup_init.cutting import Block
 from fixup_init.frameworks import ModelError
 from fixup_init.gathering import Gathering
 from fixup_init.propagation import NOT_RUN, Propagation, Row, Weight
@@ -43,7 +44,7 @@ class Setup:
     taps: tuple[taps.Tap, ...]
     hidden: tuple[str, ...]  # names of what runs inside of a region that is run whole
     layouts: dict[int, statistics.Layout]
-    blocks: tuple[blocks.Block, ...]
+    blocks: tuple[Block, ...]
     starts: tuple[int, ...]  # where the backward pass starts
     probe: str
     num_branches: int
@@ -59,7 +60,7 @@ def prepare(traced: Traced, params: Any, probe: Probe) -> Setup:
     layouts = taps.layouts(graph, tapped)
     structure = of_trace(traced)
     starts, name = probe_values(traced, set(structure.heads), params, probe)
-    cut = blocks.cut(graph, layouts, keep=starts)
+    cut = cutting.cut(graph, layouts, keep=starts)
     return Setup(traced, tapped, tuple(hidden), layouts, cut, starts, name, structure.num_branches)
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from zoo import TOKENS, VECTORS, Decoder, Encoder, Stacked, plain_function
 
 import fixup_init as fi
-from fixup_init import blocks, compiled, taps
+from fixup_init import blocks, compiled, cutting, taps
 from fixup_init.models import resnet_nnx
 from fixup_init.models.resnet import cifar_resnet
 from fixup_init.tracing import trace
@@ -116,7 +116,7 @@ def test_gradients_through_taps_are_exact(norm: str) -> None:
     np.testing.assert_array_equal(with_taps, without)
     assert with_taps.any()
 
-    cut = blocks.cut(traced.graph, axes)
+    cut = cutting.cut(traced.graph, axes)
     env, _ = blocks.forward(traced.graph, cut, values)
     pulled = blocks.backward(traced.graph, cut, env, {program.outputs[0]: probe})
     np.testing.assert_allclose(pulled.cotangents[program.inputs[-1]], without, rtol=1e-4, atol=1e-6)
@@ -136,7 +136,7 @@ def test_a_custom_derivative_is_kept() -> None:
     x = jnp.ones((8, 16))
     traced = trace(fi.Function(apply, w), (x,), {})
     graph = traced.graph
-    cut = blocks.cut(graph, {})
+    cut = cutting.cut(graph, {})
     env, _ = blocks.forward(graph, cut, dict(zip(graph.program.inputs, (w, x), strict=True)))
     pulled = blocks.backward(graph, cut, env, {graph.program.outputs[0]: jnp.ones((8, 4))})
     np.testing.assert_allclose(pulled.cotangents[graph.program.inputs[1]], -jnp.ones((8, 4)) @ w.T, rtol=1e-5)

@@ -15,7 +15,7 @@ from zoo import ZOO, Case
 from zoo_families import FAMILIES
 
 import fixup_init as fi
-from fixup_init import blocks, taps
+from fixup_init import blocks, cutting, taps
 from fixup_init.measurement import prepare, run
 from fixup_init.models.resnet import cifar_resnet
 from fixup_init.propagation import NOT_RUN
@@ -186,9 +186,9 @@ def test_what_passes_by_many_layers_is_no_hindrance() -> None:
     x = jax.ShapeDtypeStruct((4, 16), jnp.float32)
     traced = trace(Conditioned(), (x, x), {})
     assert max(layers_of(traced)) <= 4
-    known = len(blocks._SIGNATURES)
+    known = len(cutting._SIGNATURES)
     assert max(layers_of(trace(Conditioned(40), (x, x), {}))) <= 4
-    assert len(blocks._SIGNATURES) == known
+    assert len(cutting._SIGNATURES) == known
 
 
 class Dense(nn.Module):

@@ -29,7 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fixup_init import blocks, schemes
+from fixup_init import blocks, cutting, schemes
+from fixup_init.cutting import Block
 from fixup_init.initialize import draw
 from fixup_init.measurement import loss_cotangents, values_of
 from fixup_init.plain import plain
@@ -248,7 +249,7 @@ def update_size(
             traced = trace(model, arguments, kwargs)
             structure = of_trace(traced)
         name = traced.application.name
-        cut = blocks.cut(traced.graph, {})
+        cut = cutting.cut(traced.graph, {})
         for label, scheme in named.items():
             plan = scheme.plan(structure)
             plan = _with_head(plan, structure) if head == "drawn" else plan
@@ -287,7 +288,7 @@ def _with_head(plan: Plan, structure: Structure) -> Plan:
 
 
 def _measure(
-    traced: Traced, cut: Sequence[blocks.Block], plan: Plan, seed: int, rate: float, step: int, loss: Loss | None
+    traced: Traced, cut: Sequence[Block], plan: Plan, seed: int, rate: float, step: int, loss: Loss | None
 ) -> float:
     graph = traced.graph
     key = typed_key(seed)
@@ -303,7 +304,7 @@ def _measure(
     return _distance(traced, before, after) / rate
 
 
-def _gradient(traced: Traced, cut: Sequence[blocks.Block], env: Mapping[int, Any], loss: Loss) -> dict[int, Any]:
+def _gradient(traced: Traced, cut: Sequence[Block], env: Mapping[int, Any], loss: Loss) -> dict[int, Any]:
     """Of the loss in every parameter that it depends on, by value."""
     parameters = [v for v in traced.graph.program.inputs if traced.graph.leaves[v].kind == "param"]
     return blocks.backward(traced.graph, cut, env, loss_cotangents(traced, env, loss), gradients=parameters).gradients

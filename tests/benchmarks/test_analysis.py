@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import fixup_init as fi
-from fixup_init import blocks
+from fixup_init import blocks, cutting
 from fixup_init.measurement import prepare, values_of
 from fixup_init.models.resnet import cifar_resnet
 from fixup_init.tracing import trace
@@ -135,7 +135,7 @@ def test_taps_against_plain_blocks(benchmark: Any, batch: int) -> None:
     traced = trace(model, (x,), {})
     params, state = traced.application.separate(fi.init(model, jax.random.key(0), x, scheme="model"))
     setup = prepare(traced, params, "output")
-    plain = blocks.cut(traced.graph, {}, keep=setup.starts)
+    plain = cutting.cut(traced.graph, {}, keep=setup.starts)
     values = values_of(traced, params, state, jax.random.key(0))
     leaves = traced.graph.program.inputs[: len(jax.tree.leaves(params))]
 
