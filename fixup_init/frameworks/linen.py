@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
+from types import CodeType
 from typing import Any
 
 import flax.linen as nn
@@ -92,9 +94,15 @@ def _in_one(model: nn.Module, arguments: Arguments, method: Any, key: Any) -> tu
 
     Returns:
       (shapes, (program, result)), or None where that is not what `init` and then `apply` would give: parameters made
-      inside a scan or vmap, other collections than running statistics, random streams that are not known by name.
+      inside a scan or vmap, other collections than running statistics, random streams that are not known by name,
+      modules that do otherwise while they are initialized.
     """
     results: list[Any] = []
+    kinds: set[type] = set()
+
+    def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        kinds.add(type(context.module))
+        return call(*args, **kwargs)
 
     def both(make: Any, noise: Any, arrays: Any) -> Any:
         inner_args, inner_kwargs = arguments.restore(arrays)
@@ -107,10 +115,11 @@ def _in_one(model: nn.Module, arguments: Arguments, method: Any, key: Any) -> tu
         return arrays_in(result), params, {k: v for k, v in variables.items() if k != "params"}
 
     try:
-        closed, (outputs, params, state) = jaxprs.jaxpr_of(both, key, key, arguments.abstract)
+        with nn.intercept_methods(note):
+            closed, (outputs, params, state) = jaxprs.jaxpr_of(both, key, key, arguments.abstract)
     except Exception:  # told with its reason by `init`
         return None
-    if not set(state) <= set(_ALWAYS_THERE):
+    if not set(state) <= set(_ALWAYS_THERE) or any(map(_asks, kinds)):
         return None
     program = jaxprs.flatten(closed)
     make, noise, *inputs = program.inputs
@@ -130,3 +139,17 @@ def _in_one(model: nn.Module, arguments: Arguments, method: Any, key: Any) -> tu
         return None  # statistics that are updated and then read
     shapes = {"params": params, **state} if params or not state else state
     return shapes, (cut, results[0])
+
+
+@functools.cache
+def _asks(kind: type) -> bool:
+    """Whether a module's own code asks if it is being initialized: what it does then may be another thing. BatchNorm
+    asks only whether to keep its statistics."""
+    own = (c for c in kind.__mro__ if issubclass(c, nn.Module) and c not in (nn.Module, nn.BatchNorm))
+    methods = (inspect.unwrap(f) for c in own for f in vars(c).values() if callable(f))
+    return any("is_initializing" in _names(f.__code__) for f in methods if inspect.isfunction(f))
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names that a function and those in it use."""
+    return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
