@@ -17,9 +17,10 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from fixup_init import jaxprs
+from fixup_init import jaxprs, quadrature
 from fixup_init.graph import COPIES, Graph
 from fixup_init.jaxprs import p
 from fixup_init.program import CARRY_IN, CARRY_OUT, CHOOSE, IDENTITY, SHARD_IN, SHARD_OUT, SLICE_IN, STACK_OUT, Loop, Op
@@ -220,6 +221,8 @@ def _rule(graph: Graph, op: Op, far: bool) -> Rule:
 
     if primitive in KEEP or primitive is p.sort_p:
         return _kept(*given(op.inputs[0]))
+    if not far and primitive in _SHIFTED and (vanishing := _vanishing(graph, op)) is not None:
+        return _raised(given(vanishing[0]), vanishing[1])
     if primitive in PRODUCT:
         return _multiplied(given(op.inputs[0]), given(op.inputs[1]))
     if primitive in LEAST:
@@ -358,13 +361,68 @@ def _unruled(terms: list[_Given], activations: list[bool]) -> Rule:
     return rule
 
 
+_SHIFTED = SQUASH | {p.add_p, p.sub_p}
+_LONGEST = 24  # operations in such a function
+
+
+def _vanishing(graph: Graph, op: Op) -> tuple[int, float] | None:
+    """A value of which a result is an elementwise function that is zero at zero though a part of it is not, as those of
+    softplus(x) - log 2, e^x - 1 and log(e^x / 2 + 1 / 2) are; and the power with which it vanishes."""
+    if op.primitive not in SQUASH and all(graph.literal(v) is None for v in op.inputs):
+        return None
+    made: list[Op] = []
+    todo = {op.outputs[0]}
+    while len(made) < _LONGEST:
+        value = max(todo)
+        step = graph.program.ops[graph.maker[value]] if value in graph.maker else None
+        if step is None or not quadrature.is_elementwise(step.primitive) or len(step.outputs) > 1:
+            return None
+        if any(not graph.is_activation(v) and graph.literal(v) is None for v in step.inputs):
+            return None
+        made.append(step)
+        todo = (todo - {value}) | {v for v in step.inputs if graph.is_activation(v)}
+        if len(todo) == 1:
+            (root,) = todo
+            if power := _power_at_zero(_formula(graph, made[::-1], root)):
+                return root, power
+    return None
+
+
+def _formula(graph: Graph, made: Sequence[Op], root: int) -> quadrature.Formula:
+    env = {root: quadrature.X}
+    for op in made:
+        args = [env[v] if v in env else quadrature.constant(graph.literal(v) or 0.0) for v in op.inputs]
+        env[op.outputs[0]] = quadrature.of_op(op, args, [graph.program.dtype(v) for v in op.inputs])
+    return env[made[-1].outputs[0]]
+
+
+_POWERS_AT_ZERO: dict[int, float] = {}
+
+
+def _power_at_zero(formula: quadrature.Formula) -> float:
+    """k of f(x) ~ x^k near 0; 0 where f(0) is not 0, or not known."""
+    if formula.key not in _POWERS_AT_ZERO:
+        zero, *near = np.abs(quadrature.evaluate(formula, np.array([0.0, 0.01, -0.01, 0.02, -0.02])))
+        one, two = max(near[:2]), max(near[2:])
+        vanishes = zero < 1e-6 and 1e-6 < one < 1 and math.isfinite(two)
+        _POWERS_AT_ZERO[formula.key] = max(round(math.log2(two / one)), 0) if vanishes else 0.0
+    return _POWERS_AT_ZERO[formula.key]
+
+
 _COMPARISONS = {p.lt_p: operator.lt, p.le_p: operator.le, p.gt_p: operator.gt, p.ge_p: operator.ge}
 
 
 def _at_zero(graph: Graph, predicate: int) -> bool | None:
-    """What a comparison with a number other than zero gives as its argument vanishes: hard tanh, written with where."""
+    """What a comparison gives as its argument vanishes: with a number other than zero (hard tanh, written with where),
+    or whether it is equal to any."""
     k = graph.maker.get(predicate)
     op = graph.program.ops[k] if k is not None else None
+    if (
+        op is not None
+        and op.primitive in (p.eq_p, p.ne_p)
+        and jnp.issubdtype(graph.program.dtype(op.inputs[0]), jnp.floating)
+    ):
+        return op.primitive is p.ne_p  # small is not zero: a guard of a division
     if op is None or op.primitive not in _COMPARISONS:
         return None
     left, right = (0.0 if graph.is_activation(v) else None if graph.kind[v] else graph.literal(v) for v in op.inputs)
