@@ -117,6 +117,9 @@ def remove(graph: Graph, norms: tuple[Norm, ...]) -> Program:
     Args:
       graph: the graph in which `norms` were found.
       norms: what to take out.
+
+    Raises:
+      NotImplementedError: a normalization changes the shape of its input, or its dtype in no cast.
     """
     program = graph.program
     instead: dict[int, int] = {}
@@ -126,18 +129,40 @@ def remove(graph: Graph, norms: tuple[Norm, ...]) -> Program:
                 f"The normalization in {graph.scope(graph.node_of[norm.core])!r} changes the shape of its input, "
                 f"{program.shape(norm.source)} to {program.shape(norm.end)}, and cannot be bypassed."
             )
-        if program.dtype(norm.source) != program.dtype(norm.end):
+        same = _of_one_dtype(graph, norm)
+        if same is None:
             raise NotImplementedError(
                 f"The normalization in {graph.scope(graph.node_of[norm.core])!r} changes the dtype of its input, "
-                f"{program.dtype(norm.source)} to {program.dtype(norm.end)}, and cannot be bypassed."
+                f"{program.dtype(norm.source)} to {program.dtype(norm.end)}, and cannot be bypassed with its scale and "
+                'bias. Measure with normalization="affine", which leaves these where they are, or "kept".'
             )
-        instead[norm.end] = norm.source
+        end, source = same
+        instead[end] = source
     resolved = {}
     for end, source in instead.items():  # a normalization of a normalization
         while source in instead:
             source = instead[source]
         resolved[end] = source
     return program.rewired(resolved)
+
+
+def _of_one_dtype(graph: Graph, norm: Norm) -> tuple[int, int] | None:
+    """The end of a normalization and its source, before or after casts of either (float32 in a bfloat16 stream)."""
+    dtype = graph.program.dtype
+    sources = [norm.source]
+    for n in sorted(norm.region):
+        op = graph.op(n)
+        if op is not None and op.primitive is p.convert_element_type_p and op.inputs[0] in sources:
+            sources += op.outputs
+    end = norm.end
+    while True:
+        for source in sources:
+            if dtype(source) == dtype(end) and graph.node_of[source] < graph.node_of[end]:
+                return end, source
+        op = graph.op(graph.node_of[end])
+        if op is None or op.primitive is not p.convert_element_type_p:
+            return None
+        end = op.inputs[0]
 
 
 def _statistical(graph: Graph, node: int, op: Op) -> Norm | None:

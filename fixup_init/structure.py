@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from fixup_init import jaxprs
+from fixup_init import jaxprs, zero
 from fixup_init.branch import Branch as BranchNodes
 from fixup_init.branch import arms_of
 from fixup_init.graph import COPIES, Graph, ancestors
@@ -133,7 +133,18 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter leaf and what the model does with it; `neutral` is the value at which a multiplier does nothing."""
+    """A parameter leaf and what the model does with it.
+
+    Attributes:
+      path: of the leaf.
+      shape: of the leaf.
+      dtype: of the leaf.
+      role: the first of its uses.
+      uses: all of them.
+      layers: the weight layers that it is a kernel of.
+      neutral: the value at which a multiplier does nothing.
+      not_zero: of heads and what ends a branch, why it may not start at zero, in words; '' where it may.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -142,6 +153,7 @@ class Parameter:
     uses: tuple[Role, ...]
     layers: tuple[LayerInfo, ...] = ()
     neutral: float | None = None
+    not_zero: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,7 +351,9 @@ def of_trace(traced: Traced) -> Structure:
         norms=tuple(_norm_info(traced, n) for n in traced.norms),
         stems=names.paths(stems),
         heads=names.paths(heads),
-        parameters=_parameters(traced, layers),
+        parameters=_parameters(
+            traced, layers, _not_zero(traced, [*heads, *(n for _, nodes in open_heads for n in nodes)])
+        ),
         undecided=tuple(undecided),
         unruled=tuple(sorted(_unruled(traced))),
         regions=_regions(graph),
@@ -539,7 +553,36 @@ def _heads(traced: Traced, in_branches: set[int]) -> tuple[list[int], list[tuple
     return heads, unclear
 
 
-def _parameters(traced: Traced, layers: dict[int, tuple[LayerInfo, ...]]) -> tuple[Parameter, ...]:
+def _not_zero(traced: Traced, heads: Iterable[int]) -> dict[int, str]:
+    """Of the parameters that a scheme might set to zero, those that must not be, and why."""
+    graph = traced.graph
+    ends = {v for r in traced.residuals for b in r.branches for v in b.closing}
+    ends |= {v for r in traced.residuals for b in r.branches for n in b.last for v in graph.layers[n].kernels}
+    last = {v: n for n in heads for v in graph.layers[n].kernels}
+    read = zero.readers(graph)
+    cores = {graph.node_of[norm.core] for norm in traced.norms if norm.form == "train"}
+    found = {v: _HIDDEN for v, n in last.items() if cores and cores & _below(graph, n)}
+    return found | {v: _STUCK for v in (*ends, *last) if v not in found and not zero.learns(graph, read, v)}
+
+
+_HIDDEN = "a normalization behind it divides by its scale"
+_STUCK = "what is behind it passes no gradient at zero"
+
+
+def _below(graph: Graph, node: int) -> set[int]:
+    """The nodes that depend on one."""
+    found, todo = set[int](), [node]
+    while todo:
+        for u in graph.users.get(todo.pop(), ()):
+            if u not in found:
+                found.add(u)
+                todo.append(u)
+    return found
+
+
+def _parameters(
+    traced: Traced, layers: dict[int, tuple[LayerInfo, ...]], not_zero: Mapping[int, str]
+) -> tuple[Parameter, ...]:
     graph = traced.graph
     uses: dict[int, dict[Role, None]] = {v: {} for v, leaf in graph.leaves.items() if leaf.kind == "param"}
     of_layer: dict[int, list[LayerInfo]] = {v: [] for v in uses}
@@ -572,7 +615,16 @@ def _parameters(traced: Traced, layers: dict[int, tuple[LayerInfo, ...]]) -> tup
         roles = tuple(found) or ("unused",)
         role = min(roles, key=_PRIORITY.index)
         parameters.append(
-            Parameter(leaf.path, leaf.shape, str(leaf.dtype), role, roles, tuple(of_layer[v]), neutral.get(v))
+            Parameter(
+                leaf.path,
+                leaf.shape,
+                str(leaf.dtype),
+                role,
+                roles,
+                tuple(of_layer[v]),
+                neutral.get(v),
+                not_zero.get(v, ""),
+            )
         )
     return tuple(parameters)
 

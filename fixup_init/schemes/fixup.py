@@ -1,6 +1,7 @@
 """Fixup (Zhang, Dauphin & Ma 2019, arXiv:1901.09321, Sec. 3): residual learning without normalization.
 
-1. The last layer of each residual branch, and the head, start at zero.
+1. The last layer of each residual branch, and the head, start at zero; where they would not learn from there (a relu
+   behind passes no gradient, a normalization divides by them), as the other layers do.
 2. Every other layer starts as usual (He, fan_out); inside a branch its standard deviation is multiplied by
    L^(-1/(2m-2)), L the number of branches and m the number of layers in one.
 3. Biases start at 0, multipliers at 1; both learn at a tenth of the rate (Sec. 4 and the authors' code).
@@ -100,6 +101,8 @@ class Fixup:
             parameter = parameters[path]
             if "embedding" in parameter.uses:
                 claim(as_model(parameter, "head tied to the embedding table, which zeros would erase: the model's own"))
+            elif parameter.not_zero and parameter.role == "kernel":
+                claim(self.base.entry(parameter, prefix="head: ", suffix=f"; not zero: {parameter.not_zero}"))
             else:
                 claim(constant(parameter, 0.0, "head: zero"))
         entries = []
@@ -149,23 +152,34 @@ class Fixup:
                 continue
             if q.role == "factor" and path not in branch.last:
                 continue
-            if path in branch.last:
+            if path in branch.last and not q.not_zero:
                 entries.append(constant(q, 0.0, f"{place}last, zero"))
+            elif path in branch.last and q.role == "factor":
+                continue
+            elif path in branch.last and m < 2:
+                suffix = f" x L^(-1/2) = {L}^(-1/2); not zero: {q.not_zero}"
+                entries.append(self.base.entry(q, L**-0.5, prefix=f"{place}last, ", suffix=suffix))
             elif m < 2:
                 entries.append(self.base.entry(q, prefix=place, suffix=f"; the branch has order {m:g}, no factor"))
             else:
                 suffix = f" x L^(-1/{2 * m - 2:g}) = {L}^(-1/{2 * m - 2:g})"
+                if path in branch.last:
+                    suffix += f"; last, but not zero: {q.not_zero}"
                 entries.append(self.base.entry(q, factor(L, m), prefix=place, suffix=suffix))
         if not branch.weights:
             notes.append(f"{where} ({branch.scope}) has no weight to set to zero.")
         elif not branch.last or any(branch.shares[path] < 1 for path in branch.last):
             behind = branch.last[-1] if branch.last else branch.weights[-1]
             reason = f"{where}: zero here and not in `{behind}`, which a normalization or standardization hides"
-            entries.extend(constant(parameters[path], 0.0, reason) for path in branch.closing)
+            closing = [path for path in branch.closing if not parameters[path].not_zero]
+            entries.extend(constant(parameters[path], 0.0, reason) for path in closing)
             if not branch.closing:
                 notes.append(
                     f"{where} ({branch.scope}) has no parameter that multiplies its end: it cannot start at 0."
                 )
+            elif not closing:
+                why = parameters[branch.closing[0]].not_zero
+                notes.append(f"{where} ({branch.scope}) does not start at 0, by `{branch.closing[0]}`: {why}.")
         return entries
 
     def _heads(self, structure: Structure, parameters: dict[str, Parameter]) -> tuple[str, ...]:

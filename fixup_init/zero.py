@@ -1,0 +1,126 @@
+"""Whether a parameter that starts at zero would learn: relu, squares and the like pass no gradient at zero.
+
+Everything that is zero with the parameter is followed through the steps of the program; where its gradient ends is seen
+from the derivatives that JAX has at zero, custom ones included (relu's is 0, that of max(x, 0) is 1/2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fixup_init import jaxprs, quadrature
+from fixup_init.graph import COPIES, Graph
+from fixup_init.jaxprs import p
+from fixup_init.program import Arms, Op
+
+__all__ = ["learns", "readers"]
+
+_PRODUCTS = (p.mul_p, p.dot_general_p, p.conv_general_dilated_p)
+_SUMS = (p.add_p, p.sub_p)
+_LINEAR = COPIES | {
+    p.reduce_sum_p, p.neg_p, p.slice_p, p.rev_p, p.gather_p, p.dynamic_slice_p, p.pad_p, p.name_p, p.cumsum_p,
+    jaxprs.SPLIT, jaxprs.UNSTACK, jaxprs.TILE,
+}  # fmt: skip
+
+Readers = Mapping[int, Sequence[tuple[Op, int]]]
+
+
+def readers(graph: Graph) -> Readers:
+    """For each value the steps that read it and where, in scans, conditionals and shard_maps too."""
+    found: dict[int, list[tuple[Op, int]]] = {}
+    for step in _all(graph.program.steps):
+        for k, v in enumerate(step.inputs):
+            found.setdefault(v, []).append((step, k))
+    return found
+
+
+def _all(steps: Sequence[Op]) -> Iterator[Op]:
+    for step in steps:
+        yield step
+        for part in step.body.parts if step.body is not None else ():
+            yield from _all(part)
+
+
+def learns(graph: Graph, read: Readers, leaf: int) -> bool:
+    """Whether a gradient reaches a parameter while that is zero.
+
+    Args:
+      graph: the model.
+      read: of `readers`.
+      leaf: the parameter.
+    """
+    zero: set[int] = set()
+    order: list[int] = []
+    todo = [leaf]
+    while todo:
+        value = todo.pop()
+        if value in zero:
+            continue
+        zero.add(value)
+        order.append(value)
+        for step, k in read.get(value, ()):
+            todo.extend(_made_zero(graph, step, k, zero))
+    outputs = set(graph.program.outputs)
+    alive = {v for v in order if v in outputs}
+    grown = True
+    while grown:
+        before = len(alive)
+        alive |= {v for v in order if any(_passes(graph, step, k, zero, alive) for step, k in read.get(v, ()))}
+        grown = len(alive) > before
+    return leaf in alive
+
+
+def _made_zero(graph: Graph, step: Op, at: int, zero: set[int]) -> tuple[int, ...]:
+    """Values that are zero since an input of a step is."""
+    if step.body is not None:
+        skipped = len(step.inputs) - len(step.body.given)
+        return () if isinstance(step.body, Arms) or at < skipped else (step.body.given[at - skipped],)
+    if step.primitive in _PRODUCTS or (step.primitive is p.div_p and at == 0) or step.primitive in _LINEAR:
+        return step.outputs
+    others = [v for k, v in enumerate(step.inputs) if k != at and v not in zero]
+    if step.primitive in _SUMS and all(graph.is_parameter(v) or graph.literal(v) == 0 for v in others):
+        return step.outputs  # biases start at zero
+    formula = _formula(graph, step, at)
+    return step.outputs if formula is not None and _at_zero(formula) == 0 else ()
+
+
+def _passes(graph: Graph, step: Op, at: int, zero: set[int], alive: set[int]) -> bool:
+    """Whether a step hands a gradient to an input that is zero."""
+    if step.body is not None:
+        inner = _made_zero(graph, step, at, zero)
+        return not inner or any(v in alive for v in inner)
+    if any(v in zero and v not in alive for v in step.outputs):
+        return False
+    if not any(jnp.issubdtype(graph.program.dtype(v), jnp.inexact) for v in step.outputs):
+        return False
+    others = [v for k, v in enumerate(step.inputs) if k != at]
+    if step.primitive in _PRODUCTS or (step.primitive is p.div_p and at == 0):
+        return not any(v in zero for v in others)
+    if len(step.inputs) == 1 and step.primitive not in _LINEAR and not quadrature.is_elementwise(step.primitive):
+        call = quadrature.slope_by_rule(step, [quadrature.X], [graph.program.avals[step.inputs[0]]], 0)
+        return call is None or _at_zero(call) != 0
+    formula = _formula(graph, step, at, slope=True)
+    return formula is None or _at_zero(formula) != 0
+
+
+def _formula(graph: Graph, step: Op, at: int, slope: bool = False) -> quadrature.Formula | None:
+    """An elementwise operation as a function of one input, the others being numbers; or its derivative."""
+    numbers = [graph.literal(v) for v in step.inputs]
+    if not quadrature.is_elementwise(step.primitive) or any(n is None for k, n in enumerate(numbers) if k != at):
+        return None
+    args = [quadrature.X if k == at else quadrature.constant(n or 0.0) for k, n in enumerate(numbers)]
+    casts = [graph.program.dtype(v) for v in step.inputs]
+    return quadrature.slope(step, args, casts, at) if slope else quadrature.of_op(step, args, casts)
+
+
+_VALUES: dict[int, Any] = {}
+
+
+def _at_zero(formula: quadrature.Formula) -> float:
+    if formula.key not in _VALUES:
+        _VALUES[formula.key] = float(quadrature.evaluate(formula, np.zeros(1))[0])
+    return _VALUES[formula.key]

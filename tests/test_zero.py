@@ -1,0 +1,112 @@
+"""What would not learn from zero does not start there: heads and ends of branches, against JAX's own gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fixup_init as fi
+from fixup_init import zero
+from fixup_init.tracing import trace
+
+KEY = jax.random.key(0)
+X = jax.random.normal(KEY, (4, 8))
+
+
+def normalized(x: Any) -> Any:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def bilinear(x: Any) -> Any:
+    a, b = jnp.split(x, 2, -1)
+    return a * b
+
+
+def scanned(x: Any) -> Any:
+    return jax.lax.scan(lambda carry, row: (carry + nn.relu(row), row), jnp.zeros(8), x)[0]
+
+
+BEHIND: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda x: x, "relu": nn.relu, "relu6": nn.relu6, "leaky relu": nn.leaky_relu, "gelu": nn.gelu,
+    "silu": nn.silu, "elu": nn.elu, "selu": nn.selu, "tanh": nn.tanh, "sigmoid": nn.sigmoid, "softmax": nn.softmax,
+    "log softmax": nn.log_softmax, "exp": jnp.exp, "abs": jnp.abs, "square": jnp.square, "cube": lambda x: x**3,
+    "max": lambda x: jnp.maximum(x, 0), "relu beside": lambda x: nn.relu(x) + x, "glu": nn.glu, "bilinear": bilinear,
+    "normalized": normalized, "hard swish": nn.hard_swish, "mean": lambda x: x.mean(-1), "relu of a mean": lambda x: (
+        nn.relu(x.mean(-1))), "scaled": lambda x: 3 * x.T, "squared relu": lambda x: jnp.square(nn.relu(x)),
+    "cast": lambda x: nn.relu(x.astype(jnp.bfloat16)), "sorted": lambda x: jnp.sort(x), "scan": scanned,
+}  # fmt: skip
+
+
+class Ended(nn.Module):
+    behind: Callable[[Any], Any]
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return self.behind(nn.Dense(8, name="head")(nn.relu(nn.Dense(16)(x))))
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_what_learns_from_zero_is_what_has_a_gradient(name: str) -> None:
+    model = Ended(BEHIND[name])
+    variables = model.init(KEY, X)
+    variables["params"]["head"] = jax.tree.map(jnp.zeros_like, variables["params"]["head"])
+    out, pull = jax.vjp(lambda v: model.apply(v, X), variables)
+    (gradient,) = pull(jax.random.normal(KEY, out.shape, out.dtype))
+    gradient = np.asarray(gradient["params"]["head"]["kernel"])
+    graph = trace(model, (X,), {}).graph
+    leaf = next(v for v, leaf in graph.leaves.items() if leaf.path == "head/kernel")
+    learns = bool(np.isfinite(gradient).all() and np.abs(gradient).max() > 0)
+    assert zero.learns(graph, zero.readers(graph), leaf) == learns
+    entry = fi.plan(model, X)["head/kernel"]
+    assert (entry.value == 0) == learns
+    assert learns or "not zero" in entry.reason
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, lambda: nn.BatchNorm(use_running_average=False)])
+def test_a_head_that_is_normalized_is_not_zero(norm: Any) -> None:
+    entry = fi.plan(Ended(lambda x: norm()(x)), X)["head/kernel"]
+    assert entry.std and "normalization" in entry.reason
+
+
+class Branches(nn.Module):
+    behind: Callable[[Any], Any]
+    depth: int = 2
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Dense(16)(x)
+        for k in range(4):
+            h = x
+            for j in range(self.depth):
+                h = nn.Dense(16, name=f"layer{k}{j}")(h if j == 0 else nn.tanh(h))
+            x = x + self.behind(h)
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_branch_that_ends_in_relu_learns(depth: int) -> None:
+    """Its last layer has the factor of the others; one of a single layer starts with L^(-1/2)."""
+    model = Branches(nn.relu, depth)
+    plan = fi.plan(model, X)
+    std = np.sqrt(2 / 16) * 4 ** (-0.5 if depth == 1 else -1 / (2 * depth - 2))
+    for k in range(4):
+        last = plan[f"layer{k}{depth - 1}/kernel"]
+        assert last.std == pytest.approx(std, rel=1e-12) and "no gradient" in last.reason
+    variables = fi.init(model, KEY, X)
+    variables["params"]["Dense_1"]["kernel"] += 0.1  # the head, which is zero
+    gradient = jax.grad(lambda v: jnp.square(model.apply(v, X)).sum())(variables)
+    assert all(np.abs(gradient["params"][f"layer{k}{depth - 1}"]["kernel"]).max() > 0 for k in range(4))
+
+
+def test_a_scale_before_relu_is_not_zero() -> None:
+    """Zero in the scale of batch norm would leave relu, and with it the branch, dead."""
+    plan = fi.plan(Branches(lambda h: nn.relu(nn.BatchNorm(use_running_average=False)(h))), X)
+    assert plan["BatchNorm_0/scale"].value == 1
+    assert any("does not start at 0" in note for note in plan.notes)
+    assert fi.plan(Branches(lambda h: nn.BatchNorm(use_running_average=False)(h)), X)["BatchNorm_0/scale"].value == 0
