@@ -23,7 +23,18 @@ from fixup_init import jaxprs
 from fixup_init.jaxprs import p
 from fixup_init.program import CARRY_IN, IDENTITY, SHARD_IN, SLICE_IN, Loop, Op, Program
 
-__all__ = ["COPIES", "Graph", "Layer", "Leaf", "Split", "ancestors", "build", "latest_common_ancestor", "reaches"]
+__all__ = [
+    "COPIES",
+    "Graph",
+    "Layer",
+    "Leaf",
+    "Split",
+    "ancestors",
+    "build",
+    "latest_common_ancestor",
+    "reaches",
+    "varying",
+]
 
 PARAM, STATE, INPUT, NOISE = 1, 2, 4, 8
 _KINDS = {"param": PARAM, "state": STATE, "input": INPUT, "noise": NOISE}
@@ -54,6 +65,7 @@ class Layer:
     factors: frozenset[int]  # those of them that enter as a matrix product with others: low-rank kernels
     channel: int  # axis of the output that holds its features
     features: int  # how many there are
+    shifts: frozenset[int] = frozenset()  # leaves that are only added to the kernel, repeated: biases of what makes it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -279,23 +291,26 @@ def _weight_layer(
         _, fan_in, fan_out = whole(kernel)
         features, channel = fan_out, len(program.shape(op.outputs[0])) - 1
     made_of = [o for o in origins[kernel] if leaves[o].kind == "param"]
-    kernels, factors = tuple(made_of), frozenset()
+    kernels, factors, shifts = tuple(made_of), frozenset(), frozenset()
     if len(made_of) > 1:
         size = {o: math.prod(leaves[o].shape) for o in made_of}
         factors = _factors(program, kernel, origins, leaves, maker)
-        joined = _joined(program, kernel, maker, size)
+        joined, added = _joined(program, kernel, maker, size)
+        shifts = frozenset(added - joined - factors)
         made_of.sort(key=lambda o: (o not in joined, o in factors, -size[o]))
         kernels = tuple(o for o in made_of if o in joined)
     return Layer(
         leaves[made_of[0]].path, kind_, fan_in, fan_out, node, kernel, tuple(made_of), kernels, factors, channel,
-        features,
+        features, shifts,
     )  # fmt: skip
 
 
-def _joined(program: Program, kernel: int, maker: dict[int, int], size: dict[int, int]) -> set[int]:
+def _joined(program: Program, kernel: int, maker: dict[int, int], size: dict[int, int]) -> tuple[set[int], set[int]]:
     """The parameters that a kernel is: several where they are added, concatenated or two parts of complex numbers; of
-    a product the one with the largest, since the other is its gain."""
+    a product the one with the largest, since the other is its gain. And those that are repeated and added on the way:
+    the bias of a layer that makes queries of learned ones is no part of the kernel that they are."""
     known: dict[int, set[int]] = {}
+    shifts: set[int] = set()
 
     def visit(value: int) -> set[int]:
         if value in size:
@@ -306,14 +321,20 @@ def _joined(program: Program, kernel: int, maker: dict[int, int], size: dict[int
         op = program.ops[k]
         if value not in known:
             known[value] = set()
-            parts = [found for v in op.inputs if (found := visit(v))]
+            found = {v: own for v in op.inputs if (own := visit(v))}
+            if op.primitive in (p.add_p, p.sub_p) and len(found) > 1:
+                varies = {v: varying(program, maker, v) for v in found}
+                whole = set().union(*varies.values())
+                for v in [v for v in found if varies[v] < whole]:
+                    shifts.update(found.pop(v))
+            parts = list(found.values())
             if op.primitive in _JOINING:
                 known[value] = set().union(*parts)
             elif parts:
                 known[value] = max(parts, key=lambda found: max(size[o] for o in found))
         return known[value]
 
-    return visit(kernel)
+    return visit(kernel), shifts
 
 
 def _written_out(
@@ -332,7 +353,7 @@ def _written_out(
     (stream,) = (v for v in program.ops[k].inputs if v != kernel)
     shape = program.shape(kernel)
     summed = set(op.params["axes"])
-    varies, carried = _varies(program, maker, kernel), _varies(program, maker, stream)
+    varies, carried = varying(program, maker, kernel), varying(program, maker, stream)
     if not summed & varies & carried or len(varies) < 2:
         return None
     fan_in = math.prod(shape[a] for a in summed & varies)
@@ -340,17 +361,17 @@ def _written_out(
     return kernel, fan_in, fan_out
 
 
-def _varies(program: Program, maker: dict[int, int], value: int) -> set[int]:
+def varying(program: Program, maker: dict[int, int], value: int) -> set[int]:
     """The axes along which a value is not just repeated."""
     shape = program.shape(value)
     axes = {a for a, n in enumerate(shape) if n > 1}
     k = maker.get(value)
     op = program.ops[k] if k is not None else None
     if op is not None and op.primitive is p.broadcast_in_dim_p:
-        inner = _varies(program, maker, op.inputs[0])
+        inner = varying(program, maker, op.inputs[0])
         return {a for i, a in enumerate(op.params["broadcast_dimensions"]) if i in inner}
     if op is not None and op.primitive in (p.convert_element_type_p, p.copy_p):
-        return _varies(program, maker, op.inputs[0])
+        return varying(program, maker, op.inputs[0])
     return axes
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from fixup_init import jaxprs, zero
 from fixup_init.branch import Branch as BranchNodes
 from fixup_init.branch import arms_of
-from fixup_init.graph import COPIES, Graph, ancestors
+from fixup_init.graph import COPIES, Graph, ancestors, varying
 from fixup_init.jaxprs import p
-from fixup_init.orders import has_rule, orders
+from fixup_init.orders import has_rule
 from fixup_init.plain import plain
-from fixup_init.program import Loop
+from fixup_init.program import CARRY_IN, Loop, Op
 from fixup_init.residual import Residual
 from fixup_init.residual import Undecided as UndecidedNodes
+from fixup_init.terms import MIXING
 from fixup_init.tracing import Traced, trace, uncollected
 
 __all__ = [
@@ -590,7 +591,8 @@ def _parameters(
     for node, layer in graph.layers.items():
         own: Role = "embedding" if layer.kind == "embedding" else "kernel"
         for v in layer.leaves:
-            uses[v]["factor" if v in layer.factors else own if v in layer.kernels else "gain"] = None
+            part: Role = "bias" if v in layer.shifts else "gain"
+            uses[v]["factor" if v in layer.factors else own if v in layer.kernels else part] = None
             of_layer[v].append(layers[node][0])
     in_norms: dict[int, Role] = {}
     for norm in traced.norms:
@@ -608,7 +610,8 @@ def _parameters(
                 role = in_norms.get(v) or _role(graph, node, value, v)
                 uses[v][role] = None
                 if role in ("norm_scale", "multiplier"):
-                    neutral[v] = _neutral(graph, value, v)
+                    found = _neutral(graph, value, v)
+                    neutral[v] = found if neutral.get(v, found) == found else None  # lerp: (1 - a) x + a y
     parameters = []
     for v, found in uses.items():
         leaf = graph.leaves[v]
@@ -646,8 +649,9 @@ def _role(graph: Graph, node: int, value: int, leaf: int) -> Role:
             and sum(graph.is_activation(v) for v in o.inputs[o.primitive is p.select_n_p :]) > 1
             for u in graph.users[node]
         )  # fmt: skip
-        apart = _is_part(graph, value, leaf) or _scales_difference(graph, node)
-        return "other" if piecewise or apart else "multiplier"
+        apart = _is_part(graph, value, leaf) or _scales_difference(graph, node) or _makes_features(graph, op, value)
+        mixed = _goes_through(graph, value, leaf, MIXING)  # a kernel of what makes the factor: a filter, a hypernetwork
+        return "other" if piecewise or apart or mixed else "multiplier"
     if op.primitive in (p.add_p, p.sub_p):
         return "position" if _is_table(graph, node, value, leaf) else "bias"
     return "other"
@@ -665,9 +669,12 @@ def _scales_difference(graph: Graph, node: int) -> bool:
 
 def _is_part(graph: Graph, value: int, leaf: int) -> bool:
     """Whether a value is cut out of a parameter, by hand and not by a scan."""
-    cuts = (p.slice_p, p.dynamic_slice_p, p.gather_p, jaxprs.SPLIT, jaxprs.UNSTACK)
+    return _goes_through(graph, value, leaf, (p.slice_p, p.dynamic_slice_p, p.gather_p, jaxprs.SPLIT, jaxprs.UNSTACK))
+
+
+def _goes_through(graph: Graph, value: int, leaf: int, primitives: Collection[Any]) -> bool:
     made = [graph.program.ops[k] for k in graph.behind([value])]
-    return any(o.primitive in cuts and leaf in graph.origins.get(o.inputs[0], ()) for o in made)
+    return any(o.primitive in primitives and any(leaf in graph.origins.get(v, ()) for v in o.inputs) for o in made)
 
 
 def _is_table(graph: Graph, node: int, value: int, leaf: int) -> bool:
@@ -684,11 +691,39 @@ def _is_table(graph: Graph, node: int, value: int, leaf: int) -> bool:
     return True
 
 
+def _makes_features(graph: Graph, op: Op, value: int) -> bool:
+    """Whether a factor varies where the stream is repeated: x w with a vector w for each number x is a layer."""
+    program = graph.program
+    streams = [v for v in op.inputs if graph.is_activation(v)]
+    return any(varying(program, graph.maker, value) - varying(program, graph.maker, v) for v in streams)
+
+
 def _neutral(graph: Graph, value: int, leaf: int) -> float | None:
-    """1 for a factor that is proportional to `leaf`, 0 for a factor `1 + leaf`, None for any other."""
-    behind = graph.behind([value])
-    if orders(graph, behind, {leaf: 1.0}).get(value, 1.0) >= 1:
-        return 1.0
-    made = [graph.program.ops[k] for k in behind]
-    shifted = [op for op in made if op.primitive is p.add_p and any(graph.literal(v) == 1 for v in op.inputs)]
-    return 0.0 if shifted and all(op in shifted or op.primitive in COPIES for op in made) else None
+    """The leaf at which a factor `shift + scale * leaf` is 1; None for any other function of it."""
+    known: dict[int, tuple[float, float]] = {leaf: (0.0, 1.0)}
+    for k in graph.behind([value]):
+        op = graph.program.ops[k]
+        own = [v for v in op.inputs if v in known]
+        if not own:
+            continue
+        (shift, scale), others = known[own[0]], [v for v in op.inputs if v is not own[0]]
+        number = graph.literal(others[0]) if others else None
+        if op.primitive in COPIES or op.primitive in (p.slice_p, p.stop_gradient_p, CARRY_IN):
+            found = shift, scale
+        elif op.primitive is p.neg_p:
+            found = -shift, -scale
+        elif op.primitive is p.mul_p and len(own) == 1:
+            by = 1.0 if number is None else number  # another parameter, at its neutral value
+            found = shift * by, scale * by
+        elif op.primitive is p.div_p and number and op.inputs[0] == own[0]:
+            found = shift / number, scale / number
+        elif op.primitive is p.add_p and number is not None:
+            found = shift + number, scale
+        elif op.primitive is p.sub_p and number is not None:
+            sign = 1.0 if op.inputs[0] == own[0] else -1.0
+            found = sign * (shift - number), sign * scale
+        else:
+            return None
+        known |= dict.fromkeys(op.outputs, found)
+    shift, scale = known.get(value, (0.0, 0.0))
+    return (1 - shift) / scale if scale else None

@@ -170,3 +170,39 @@ def test_a_normalization_that_a_scan_reads(normalization: Any) -> None:
             [r.forward.second_moment for r in m.select(kind) if r.forward is not None] for m in (bypassed, without)
         )
         assert found == pytest.approx(expected, rel=1e-5) and found, kind
+
+
+class Mixed(nn.Module):
+    """A stream in one dtype and its normalizations in another, as mixed precision is usually written."""
+
+    stream: Any
+    inner: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Dense(8, dtype=self.stream)(x.astype(self.stream))
+        if self.norm is not None:
+            x = self.norm(dtype=self.inner)(x)
+        return nn.Dense(3, dtype=self.stream)(nn.relu(x))
+
+
+@pytest.mark.parametrize("normalization", ["removed", "affine"])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize(
+    ("stream", "inner"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float32")]
+)
+def test_normalizations_in_another_dtype_than_the_stream(
+    stream: str, inner: str, norm: Any, normalization: Any
+) -> None:
+    model = Mixed(stream, inner, norm)
+    variables = model.init(KEY, X)
+    bare = {k: v for k, v in variables["params"].items() if k.startswith("Dense")}
+    expected = fi.analyze(Mixed(stream, inner, None), {"params": bare}, X)
+    found = fi.analyze(model, variables, X, normalization=normalization)
+    assert not found.select("norm")
+    for kind in ("weight", "nonlinearity", "output"):
+        for mine, other in zip(found.select(kind), expected.select(kind), strict=True):
+            assert mine.forward.second_moment == pytest.approx(other.forward.second_moment, rel=0.02)
+    fi.predict(model, X, scheme="model", normalization=normalization)
+    assert len(fi.compare(model, X).propagations) > 1

@@ -28,9 +28,12 @@ def rest(parameter: Parameter) -> Entry:
         case "norm_scale" | "multiplier":
             neutral = parameter.neutral
             if neutral is None:
-                return as_model(parameter, "multiplies as a function of its value: the model's own")
+                return as_model(parameter, "multiplies in a way that no one value undoes: the model's own")
             what = "scale of a normalization" if parameter.role == "norm_scale" else "multiplier"
-            return constant(parameter, neutral, f"{what}: {neutral:g}" + (" (it enters as 1 + value)" * (not neutral)))
+            how = (
+                "" if neutral == 1 else " (it enters as 1 + value)" if neutral == 0 else ", at which it multiplies by 1"
+            )
+            return constant(parameter, neutral, f"{what}: {neutral:g}{how}")
         case "embedding":
             return as_model(parameter, "embedding table, read one row at a time: the model's own")
         case "position":
