@@ -370,9 +370,11 @@ def _vanishing(graph: Graph, op: Op) -> tuple[int, float] | None:
     softplus(x) - log 2, e^x - 1 and log(e^x / 2 + 1 / 2) are; and the power with which it vanishes."""
     if op.primitive not in SQUASH and all(graph.literal(v) is None for v in op.inputs):
         return None
+    if not graph.is_activation(op.outputs[0]) or not jnp.issubdtype(graph.program.dtype(op.outputs[0]), jnp.floating):
+        return None
     made: list[Op] = []
     todo = {op.outputs[0]}
-    while len(made) < _LONGEST:
+    while todo and len(made) < _LONGEST:
         value = max(todo)
         step = graph.program.ops[graph.maker[value]] if value in graph.maker else None
         if step is None or not quadrature.is_elementwise(step.primitive) or len(step.outputs) > 1:

@@ -372,11 +372,9 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
         op = graph.op(node)
         if op is not None and op.primitive is p.sub_p:
             return None  # x - mean(x)
-    begun = graph.op(split.node)
     if graph.loop(split.node) is not graph.loop(node):
         return None  # a state that a loop is given
-    empty = begun is not None and begun.primitive is CARRY_IN and not graph.parents[split.node]
-    if empty and not any(t.layers for t in terms):
+    if not any(t.layers for t in terms) and _begins_empty(graph, split.node):
         return None  # a state that starts empty and is not refined by layers: a recurrence over time
     skip = together(skips)
     branches = [t for t in terms if not set(t.values) <= set(skip.values) and (t.layers or t.mixes)]
@@ -386,6 +384,16 @@ def _decide(search: _Search, node: int, values: list[int], split: Split) -> Resi
     if not _are_branches(search, node, skip, branches, split):
         return None
     return _residual(search, node, skip, branches, split)
+
+
+def _begins_empty(graph: Graph, node: int) -> bool:
+    """Whether a node is what a scan carries from pass to pass and starts with a constant, or a gate times that."""
+    op = graph.op(node)
+    if op is None:
+        return False
+    if op.primitive is CARRY_IN:
+        return not graph.parents[node]
+    return op.primitive in SCALING and any(_begins_empty(graph, a) for a in graph.parents[node])
 
 
 def _are_branches(search: _Search, node: int, skip: Term, branches: list[Term], split: Split) -> bool:

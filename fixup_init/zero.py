@@ -100,6 +100,8 @@ def _passes(graph: Graph, step: Op, at: int, zero: set[int], alive: set[int]) ->
     others = [v for k, v in enumerate(step.inputs) if k != at]
     if step.primitive in _PRODUCTS or (step.primitive is p.div_p and at == 0):
         return not any(v in zero for v in others)
+    if not all(jnp.issubdtype(graph.program.dtype(v), jnp.floating) for v in (step.inputs[at], *step.outputs)):
+        return True  # of complex numbers nothing is claimed
     if len(step.inputs) == 1 and step.primitive not in _LINEAR and not quadrature.is_elementwise(step.primitive):
         call = quadrature.slope_by_rule(step, [quadrature.X], [graph.program.avals[step.inputs[0]]], 0)
         return call is None or _at_zero(call) != 0
@@ -110,6 +112,8 @@ def _passes(graph: Graph, step: Op, at: int, zero: set[int], alive: set[int]) ->
 def _formula(graph: Graph, step: Op, at: int, slope: bool = False) -> quadrature.Formula | None:
     """An elementwise operation as a function of one input, the others being numbers; or its derivative."""
     numbers = [graph.literal(v) for v in step.inputs]
+    if not jnp.issubdtype(graph.program.dtype(step.inputs[at]), jnp.floating):
+        return None
     if not quadrature.is_elementwise(step.primitive) or any(n is None for k, n in enumerate(numbers) if k != at):
         return None
     args = [quadrature.X if k == at else quadrature.constant(n or 0.0) for k, n in enumerate(numbers)]

@@ -177,6 +177,30 @@ class RetNet(nn.Module):
         return nn.Dense(d, use_bias=False)(nn.swish(nn.Dense(d, use_bias=False)(x)) * y)
 
 
+class GatedDelta(nn.Module):
+    """Linear attention whose state forgets by a gate and is corrected by the delta rule (Yang et al. 2024): no stream
+    runs through the state, whatever it is added to."""
+
+    @nn.compact
+    def __call__(self, tokens: Any) -> Any:
+        def project(x: Any, features: int) -> Any:
+            return nn.Dense(features, use_bias=False)(x).swapaxes(0, 1)
+
+        def step(state: Any, now: Any) -> Any:
+            q, k, v, b, a = now
+            state = a[..., None] * state
+            state = state + jnp.einsum("bk,bv->bkv", k, b * (v - jnp.einsum("bk,bkv->bv", k, state)))
+            return state, jnp.einsum("bk,bkv->bv", q, state)
+
+        x = nn.Embed(32, 16, name="stem")(tokens)
+        for _ in range(2):
+            h = nn.LayerNorm()(x)
+            now = (*(project(h, 16) for _ in range(3)), *(nn.sigmoid(project(h, 1)) for _ in range(2)))
+            _, out = jax.lax.scan(step, jnp.zeros((x.shape[0], 16, 16)), now)
+            x = x + nn.Dense(16)(out.swapaxes(0, 1))
+        return nn.Dense(4, name="head")(x)
+
+
 class S4D(nn.Module):
     """Diagonal complex state spaces as long convolutions (Gu et al. 2022), post-norm, as in s4d.py."""
 
@@ -402,6 +426,8 @@ SEQUENCES: tuple[Case, ...] = (
     case("retnet", RetNet, (TOKENS,), (branch(2, 2.0) + MLP) * 2, 7, "stem/embedding"),
     case("retnet-recurrent", lambda: RetNet(recurrent=True), (TOKENS,), (branch(2, 2.0) + MLP) * 2, 7,
          "stem/embedding"),
+    # Query times key times value, and out.
+    case("gated-delta", GatedDelta, (TOKENS,), branch(2, 4.0) * 2, 2, "stem/embedding"),
     case("s4d", S4D, (SEQUENCE,), branch(1, 1.0) * 2, 2),
     # The last block's residual leads nowhere.
     case("wavenet", WaveNet, (SEQUENCE,), MLP * 3, 0),
