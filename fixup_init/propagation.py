@@ -17,7 +17,7 @@ from fixup_init.plain import plain
 if TYPE_CHECKING:
     from fixup_init.verdicts import Verdict
 
-__all__ = ["NOT_RUN", "Comparison", "Drift", "Propagation", "Row", "Statistics", "Weight"]
+__all__ = ["NOT_RUN", "Comparison", "Drift", "Place", "Propagation", "Row", "Statistics", "Weight"]
 
 RowKind = Literal["input", "weight", "nonlinearity", "norm", "branch", "sum", "output"]
 Direction = Literal["forward", "backward"]
@@ -89,6 +89,23 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a row stands in the network, which the order of the trace does not tell.
+
+    Attributes:
+      unit: a number that passes through a scan body share where they use the same parameters.
+      fed: whether a weight layer leads here (a weight layer counts itself).
+      last: of a weight layer, whether no other follows it.
+      in_series: False for weight layers, and passes, that run beside others: off the longest chain to an output.
+    """
+
+    unit: int
+    fed: bool
+    last: bool
+    in_series: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
     """One tapped value.
 
@@ -106,6 +123,7 @@ class Row:
       backward: statistics of its cotangent; None where none was measured.
       weight: norms of the layer's kernel and its gradient, for measured rows of kind "weight".
       note: what to know about the row, in words; '' where there is nothing.
+      place: where it stands in the network; None where that is not known, as in a prediction.
     """
 
     kind: RowKind
@@ -119,6 +137,7 @@ class Row:
     backward: Statistics | None = None
     weight: Weight | None = None
     note: str = ""
+    place: Place | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,9 +202,12 @@ class Propagation:
 
     @property
     def stream(self) -> tuple[Row, ...]:
-        """The rows that drift with depth is read from: residual sums, or every weight layer where there are none."""
+        """The rows that drift with depth is read from: residual sums, or where there are none weight layers in series.
+
+        Where it is not known which layers are in series, it is every one.
+        """
         sums = self.select("sum")
-        return sums if sums else self.select("weight")
+        return sums or tuple(r for r in self.select("weight") if r.place is None or r.place.in_series)
 
     def drift(self, direction: Direction = "forward") -> Drift:
         """The trend of the stream."""
@@ -240,7 +262,8 @@ class Propagation:
             data.pop("summary", None)
             rows = tuple(
                 Row(**{**r, "shape": tuple(r["shape"]), "forward": _numbers(Statistics, r["forward"]),
-                       "backward": _numbers(Statistics, r["backward"]), "weight": _numbers(Weight, r["weight"])})
+                       "backward": _numbers(Statistics, r["backward"]), "weight": _numbers(Weight, r["weight"]),
+                       "place": None if r.get("place") is None else Place(**r["place"])})
                 for r in data.pop("rows")
             )  # fmt: skip
             unmeasured, notes = tuple(data.pop("unmeasured")), tuple(data.pop("notes"))

@@ -31,6 +31,8 @@ def zero_gradients(propagation: Propagation) -> Iterator[Verdict]:
     head = zero_head(propagation)
     weights = [k for k in rows_of(propagation, "weight") if k not in head and rows[k].forward is not None]
     zero = [k for k in weights if _gradient(rows[k]) == 0]
+    if head and not zero and propagation.probe in _WHOLE:
+        return
     if head and propagation.probe in _WHOLE:
         ends = [k for k in zero if (w := rows[k].weight) is not None and w.parameter_norm == 0]
         first = f", {listed(rows[k].name for k in ends)} among them" if ends else ""
@@ -51,12 +53,13 @@ def zero_gradients(propagation: Propagation) -> Iterator[Verdict]:
             inside.append(k)
     wrong = [k for k in zero if k not in inside]
     if head:
-        others = [k for k in weights if k < head[0] and _gradient(rows[k]) > 0]
+        others = [k for k in weights if _gradient(rows[k]) > 0]
         yield Verdict(
             "zero_gradient", "backward", "note",
             f"The head ({listed(rows[k].name for k in head)}) is zero, so at step 0 the gradient of a loss is zero "
-            f"for every other layer ({propagation.kind} from the {propagation.probe}, it is not). This is expected: "
-            f"the head moves at step 0; from step 1 on {layer_count(len(others))} outside of branches or at their ends "
+            f"for every layer that reaches the output only through it ({propagation.kind} from the "
+            f"{propagation.probe}, it is not). This is expected: the head moves at step 0; from step 1 on at the "
+            f"latest {layer_count(len(others))} outside of branches or at their ends "
             f"({listed(rows[k].name for k in others)}).",
             tuple(others),
         )  # fmt: skip
