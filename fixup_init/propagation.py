@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import json
 import math
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -209,9 +210,19 @@ class Propagation:
         sums = self.select("sum")
         return sums or tuple(r for r in self.select("weight") if r.place is None or r.place.in_series)
 
+    @property
+    def streams(self) -> tuple[tuple[Row, ...], ...]:
+        """The stream in parts whose rows follow each other: one, or one for each shape where sums of some shapes
+        alternate, as those of all tokens do with those of the tokens that a router chose; the last part ends last."""
+        stream = self.stream
+        runs = [shape for shape, _ in itertools.groupby(r.shape for r in stream)]
+        if not _alternate(runs):
+            return (stream,)
+        return tuple(tuple(r for r in stream if r.shape == shape) for shape in dict.fromkeys(reversed(runs)))[::-1]
+
     def drift(self, direction: Direction = "forward") -> Drift:
-        """The trend of the stream."""
-        rows = self.stream if direction == "forward" else self.stream[::-1]
+        """The trend of the stream; where it has parts, of the one that ends last."""
+        rows = self.streams[-1] if direction == "forward" else self.streams[-1][::-1]
         measured = [
             (_place(r), s) for r in rows
             if (s := r.forward if direction == "forward" else r.backward) is not None
@@ -357,6 +368,15 @@ class Comparison:
 
 
 _N = TypeVar("_N", "Statistics", "Weight")
+
+
+def _alternate(runs: Sequence[tuple[int, ...]]) -> bool:
+    """Whether two shapes take turns (a b a b). Stages do not, nor do those of a U-Net, which come back in reverse."""
+    again = [shape for shape, count in collections.Counter(runs).items() if count > 1]
+    return any(
+        sum(1 for _ in itertools.groupby(shape for shape in runs if shape in pair)) > 3
+        for pair in itertools.combinations(again, 2)
+    )
 
 
 def _place(row: Row) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "mean_share_of",
     "moment_of",
     "overflows",
+    "parts",
     "passed",
     "rms_of",
     "row_after",
@@ -81,6 +82,15 @@ def passed(propagation: Propagation, direction: Direction) -> tuple[int, ...]:
     order = [k for k in in_order(propagation, direction) if id(propagation.rows[k]) in stream]
     finite = itertools.takewhile(lambda k: not overflows(propagation.rows[k], direction), order)
     return tuple(k for k in finite if 0 < moment_of(propagation.rows[k], direction) < math.inf)
+
+
+def parts(propagation: Propagation, direction: Direction) -> list[tuple[int, ...]]:
+    """What `passed` gives, by the parts of the stream whose rows follow each other."""
+    part_of = {id(r): k for k, part in enumerate(propagation.streams) for r in part}
+    found: dict[int, list[int]] = {}
+    for k in passed(propagation, direction):
+        found.setdefault(part_of[id(propagation.rows[k])], []).append(k)
+    return [tuple(rows) for rows in found.values()]
 
 
 def rows_of(propagation: Propagation, *kinds: str) -> list[int]:
