@@ -15,6 +15,7 @@ import pytest
 import fixup_init as fi
 from fixup_init.plain import plain
 from fixup_init.propagation import Propagation, Row, Statistics, Weight
+from fixup_init.report.layout import pairs
 from fixup_init.verdicts import Verdict, verdicts
 from fixup_init.verdicts.rows import HEADROOM
 
@@ -578,6 +579,13 @@ def test_layers_beside_others_are_no_depth() -> None:
     assert [r.name for r in found.stream] == ["bottom/0", "top/0", "top/1", "head"]
     assert found.drift().blocks == 3
     assert not [v for v in verdicts(found) if v.kind in ("growth", "vanishing")]
+
+
+def test_a_prediction_is_shown_along_the_measured_stream() -> None:
+    model, x = attention(2, skips=False), TOKENS
+    (pair,) = pairs(measured(model, x, "lecun_normal"), fi.predict(model, x, scheme="lecun_normal"))
+    assert pair.predicted is not None
+    assert [r.name for r in pair.predicted.stream] == [r.name for r in pair.own.stream]
 
 
 def test_the_most_direct_of_parallel_layers_is_in_series() -> None:

@@ -231,6 +231,8 @@ def pairs(
 
 def _placed(predicted: Propagation, measured: Propagation) -> Propagation:
     """A prediction whose rows stand where the measured ones do, so that both have the same stream."""
+    if len(predicted.stream) == len(measured.stream):
+        return predicted
     rows = zip(predicted.rows, measured.rows, strict=True)
     return dataclasses.replace(predicted, rows=tuple(dataclasses.replace(r, place=m.place) for r, m in rows))
 
