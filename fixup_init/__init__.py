@@ -20,6 +20,7 @@ from fixup_init.plan import Entry as Entry
 from fixup_init.plan import Plan as Plan
 from fixup_init.predict import predict as predict
 from fixup_init.propagation import Comparison as Comparison
+from fixup_init.propagation import Place as Place
 from fixup_init.propagation import Propagation as Propagation
 from fixup_init.propagation import Row as Row
 from fixup_init.propagation import Statistics as Statistics

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from fixup_init import jaxprs
 from fixup_init.graph import Graph
 from fixup_init.jaxprs import p
 from fixup_init.program import SLICE_IN, STACK_OUT, Op
@@ -38,7 +39,7 @@ _SCATTERS = frozenset({p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_
 # Operations whose result has other axes than their argument.
 _MOVING = _REDUCTIONS | _SCATTERS | {
     p.broadcast_in_dim_p, p.reshape_p, p.transpose_p, p.squeeze_p, p.dot_general_p, p.conv_general_dilated_p,
-    p.gather_p, SLICE_IN, STACK_OUT,
+    p.gather_p, SLICE_IN, STACK_OUT, jaxprs.STACK, jaxprs.UNSTACK,
 }  # fmt: skip
 _MIXING = _REDUCTIONS | _WINDOWS | _CUMULATIVE | {p.dot_general_p}
 
@@ -123,6 +124,11 @@ def _moved(graph: Graph, op: Op, known: Mapping[int, Pieces]) -> Pieces:
         out = _without(first, (0,))
     elif primitive is STACK_OUT:
         out = tuple(q._replace(axis=q.axis + 1) for q in first)
+    elif primitive is jaxprs.STACK:
+        followed = next((known[v] for v in op.inputs if v in known), ())
+        out = tuple(q._replace(axis=q.axis + (q.axis >= params["axis"])) for q in followed)
+    elif primitive is jaxprs.UNSTACK:
+        out = _without(first, (params["axis"],))
     elif primitive is p.dot_general_p:
         out = _contracted(op, known, [len(shape(v)) for v in op.inputs[:2]])
     elif primitive is p.conv_general_dilated_p:

@@ -42,6 +42,7 @@ def find(graph: Graph, excluded: frozenset[int]) -> tuple[Nonlinearity, ...]:
     """All nonlinearities in trace order, but for nodes `excluded` (normalizations)."""
     root: dict[int, int] = {}
     bent: dict[int, str] = {}  # nodes that are not linear in their root, with a name
+    signal: dict[int, bool] = {}  # whether a formula reads its root as more than whole numbers that are compared
     for node, parents in graph.parents.items():
         op = graph.op(node)
         shared = {root[a] for a in parents}
@@ -51,6 +52,10 @@ def find(graph: Graph, excluded: frozenset[int]) -> tuple[Nonlinearity, ...]:
         if any(graph.is_parameter(v) or graph.kind[v] & NOISE for v in op.inputs if not graph.is_activation(v)):
             continue
         root[node] = shared.pop()
+        signal[node] = any(signal.get(a, False) for a in parents) or any(
+            root[graph.node_of[v]] == graph.node_of[v] and _is_signal(graph, op, v)
+            for v in op.inputs if graph.is_activation(v)
+        )  # fmt: skip
         name = _name(graph, op, [a for a in parents if root[a] != a or len(parents) > 1], bent)
         if name:
             bent[node] = name
@@ -60,10 +65,19 @@ def find(graph: Graph, excluded: frozenset[int]) -> tuple[Nonlinearity, ...]:
         leaves_formula = node in outputs or any(root[u] != root[node] for u in graph.users[node])
         if not leaves_formula or not jnp.issubdtype(graph.program.dtype(graph.value(node)), jnp.inexact):
             continue
+        if not signal[node]:  # an indicator of whole numbers, as a one-hot vector is
+            continue
         if _is_softmax(graph, node) or _is_shifted_log(graph, node):
             continue
         found.append(Nonlinearity(root[node], node, name))
     return tuple(found)
+
+
+def _is_signal(graph: Graph, op: Op, value: int) -> bool:
+    """Whether an operation takes a value for numbers, and not for an index to compare."""
+    dtype = graph.program.dtype
+    cast = op.primitive is p.convert_element_type_p and jnp.issubdtype(dtype(op.outputs[0]), jnp.inexact)
+    return cast or jnp.issubdtype(dtype(value), jnp.inexact)
 
 
 def limits(graph: Graph, nonlinearity: Nonlinearity) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fixup_init import blocks, cutting, frameworks, statistics, taps
+from fixup_init import blocks, cutting, frameworks, series, statistics, taps
 from fixup_init.cutting import Block
 from fixup_init.frameworks import ModelError
 from fixup_init.gathering import Gathering
@@ -101,11 +101,15 @@ def run(
         statistics_of |= gathering.read()
     rows: list[Row] = []
     sharded = program.sharded()
+    place = series.places(graph, setup.taps)
+    leading = series.leading(graph, starting)
+    index = {id(tap): k for k, tap in enumerate(setup.taps)}
     sums = 0
     counted: set[tuple[int, tuple[int, ...]]] = set()
     for tap, passes in taps.unrolled(setup.taps):
         at = tuple(l.length - 1 - k if l.reverse else k for l, k in zip(tap.loops, passes, strict=True))
         ran = bool(forward[tap.value][at][0])
+        pulls = graph.node_of[tap.value] in leading  # else it lies behind the probe
         if ran and tap.kind == "sum" and (tap.value, at) not in counted:
             counted.add((tap.value, at))
             sums += 1
@@ -113,9 +117,10 @@ def run(
             Row(
                 tap.kind, tap.name, tap.scope, sums, program.shape(tap.value), str(program.dtype(tap.value)),
                 passes[-1] if passes else None, statistics.read(forward[tap.value][at]) if ran else None,
-                statistics.read(backward[tap.value][at]) if ran and tap.value in backward else None,
-                _weight([pulled.norms[v] for v in tap.leaves if v in pulled.norms], at),
+                statistics.read(backward[tap.value][at]) if ran and pulls and tap.value in backward else None,
+                _weight([pulled.norms[v] for v in tap.leaves if v in pulled.norms], at) if pulls else None,
                 NOT_RUN if not ran else _SHARDED.format(sharded[tap.value]) if sharded.get(tap.value, 1) > 1 else "",
+                place(index[id(tap)], passes),
             )
         )  # fmt: skip
     name = "loss" if loss is not None else setup.probe

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import json
 import math
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -17,7 +18,7 @@ from fixup_init.plain import plain
 if TYPE_CHECKING:
     from fixup_init.verdicts import Verdict
 
-__all__ = ["NOT_RUN", "Comparison", "Drift", "Propagation", "Row", "Statistics", "Weight"]
+__all__ = ["NOT_RUN", "Comparison", "Drift", "Place", "Propagation", "Row", "Statistics", "Weight"]
 
 RowKind = Literal["input", "weight", "nonlinearity", "norm", "branch", "sum", "output"]
 Direction = Literal["forward", "backward"]
@@ -89,6 +90,23 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a row stands in the network, which the order of the trace does not tell.
+
+    Attributes:
+      unit: a number that passes through a scan body share where they use the same parameters.
+      fed: whether a weight layer leads here (a weight layer counts itself).
+      last: of a weight layer, whether no other follows it.
+      in_series: False for weight layers, and passes, that run beside others: off the longest chain to an output.
+    """
+
+    unit: int
+    fed: bool
+    last: bool
+    in_series: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
     """One tapped value.
 
@@ -106,6 +124,7 @@ class Row:
       backward: statistics of its cotangent; None where none was measured.
       weight: norms of the layer's kernel and its gradient, for measured rows of kind "weight".
       note: what to know about the row, in words; '' where there is nothing.
+      place: where it stands in the network; None where that is not known, as in a prediction.
     """
 
     kind: RowKind
@@ -119,6 +138,7 @@ class Row:
     backward: Statistics | None = None
     weight: Weight | None = None
     note: str = ""
+    place: Place | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,13 +203,26 @@ class Propagation:
 
     @property
     def stream(self) -> tuple[Row, ...]:
-        """The rows that drift with depth is read from: residual sums, or every weight layer where there are none."""
+        """The rows that drift with depth is read from: residual sums, or where there are none weight layers in series.
+
+        Where it is not known which layers are in series, it is every one.
+        """
         sums = self.select("sum")
-        return sums if sums else self.select("weight")
+        return sums or tuple(r for r in self.select("weight") if r.place is None or r.place.in_series)
+
+    @property
+    def streams(self) -> tuple[tuple[Row, ...], ...]:
+        """The stream in parts whose rows follow each other: one, or one for each shape where sums of some shapes
+        alternate, as those of all tokens do with those of the tokens that a router chose; the last part ends last."""
+        stream = self.stream
+        runs = [shape for shape, _ in itertools.groupby(r.shape for r in stream)]
+        if not _alternate(runs):
+            return (stream,)
+        return tuple(tuple(r for r in stream if r.shape == shape) for shape in dict.fromkeys(reversed(runs)))[::-1]
 
     def drift(self, direction: Direction = "forward") -> Drift:
-        """The trend of the stream."""
-        rows = self.stream if direction == "forward" else self.stream[::-1]
+        """The trend of the stream; where it has parts, of the one that ends last."""
+        rows = self.streams[-1] if direction == "forward" else self.streams[-1][::-1]
         measured = [
             (_place(r), s) for r in rows
             if (s := r.forward if direction == "forward" else r.backward) is not None
@@ -240,7 +273,8 @@ class Propagation:
             data.pop("summary", None)
             rows = tuple(
                 Row(**{**r, "shape": tuple(r["shape"]), "forward": _numbers(Statistics, r["forward"]),
-                       "backward": _numbers(Statistics, r["backward"]), "weight": _numbers(Weight, r["weight"])})
+                       "backward": _numbers(Statistics, r["backward"]), "weight": _numbers(Weight, r["weight"]),
+                       "place": None if r.get("place") is None else Place(**r["place"])})
                 for r in data.pop("rows")
             )  # fmt: skip
             unmeasured, notes = tuple(data.pop("unmeasured")), tuple(data.pop("notes"))
@@ -334,6 +368,15 @@ class Comparison:
 
 
 _N = TypeVar("_N", "Statistics", "Weight")
+
+
+def _alternate(runs: Sequence[tuple[int, ...]]) -> bool:
+    """Whether two shapes take turns (a b a b). Stages do not, nor do those of a U-Net, which come back in reverse."""
+    again = [shape for shape, count in collections.Counter(runs).items() if count > 1]
+    return any(
+        sum(1 for _ in itertools.groupby(shape for shape in runs if shape in pair)) > 3
+        for pair in itertools.combinations(again, 2)
+    )
 
 
 def _place(row: Row) -> str:

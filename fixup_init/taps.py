@@ -30,6 +30,7 @@ class Tap:
     scope: str
     loops: tuple[Loop, ...]  # scans around it, outermost first
     leaves: tuple[int, ...] = ()  # of a weight layer's kernel
+    layer: int | None = None  # the node of a weight layer, which may add its bias later
     limits: tuple[float, float] | None = None  # of a nonlinearity
 
 
@@ -48,7 +49,7 @@ def place(traced: Traced) -> tuple[Tap, ...]:
     for v in graph.inputs:
         add(0, v, "input", graph.leaves[v].path)
     for node, layer in graph.layers.items():
-        add(1, graph.value(_with_bias(graph, node)), "weight", layer.path, leaves=layer.leaves)
+        add(1, graph.value(_with_bias(graph, node)), "weight", layer.path, leaves=layer.leaves, layer=node)
     for norm in traced.norms:
         name = next((graph.leaves[v].path for v in norm.scale), "normalization")
         add(2, norm.end, "norm", name)

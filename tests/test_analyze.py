@@ -297,6 +297,24 @@ def test_probe() -> None:
     assert "zero" in at_output.summary()
 
 
+def test_rows_behind_the_probe_have_no_measurement() -> None:
+    """The trace meets the first head before a layer of the second; the probe starts at the inputs of both."""
+
+    def net(w: Any, x: Any) -> Any:
+        x = jax.nn.relu(x @ w["stem"])
+        return x @ w["policy"], jax.nn.relu(x @ w["v"]) @ w["value"]
+
+    square = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+    model, x = fi.Function(net, dict.fromkeys(("stem", "policy", "v", "value"), square)), jnp.ones((8, 16))
+    found = fi.analyze(model, fi.init(model, jax.random.key(0), x, scheme="he"), x, probe="head")
+    assert found.probe == "input of the head"
+    for r in found.rows:
+        behind = r.name in ("policy", "value", "output")
+        assert (r.backward is None) == behind
+        assert (r.weight is None) == (behind or r.kind != "weight")
+        assert behind or r.backward.second_moment > 0
+
+
 def test_he_mlp_keeps_the_second_moment() -> None:
     """He et al. 2015, eq. 10: with relu and fan_in, the second moment of pre-activations stays."""
     width, depth = 512, 12

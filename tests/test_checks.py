@@ -113,6 +113,21 @@ def test_strict_fails_on_warnings() -> None:
         assert_stable(model, VECTORS, max_growth=1e9, strict=True)
 
 
+def test_sums_of_shapes_that_alternate_are_measured_apart() -> None:
+    """A block on half of the tokens, whose end is added to all of them: the two sums differ by design."""
+
+    def net(w: Any, x: Any) -> Any:
+        for a, b in w["blocks"]:
+            part = 10 * x[:, :4]
+            part = part + jax.nn.relu(part @ a) @ b
+            x = x + jnp.pad(0.01 * part, ((0, 0), (0, 4), (0, 0)))
+        return x @ w["head"]
+
+    model = fi.Function(net, {"blocks": [(spec(WIDTH, WIDTH),) * 2] * 3, "head": spec(WIDTH, 10)})
+    found = assert_stable(model, spec(8, 8, WIDTH), scheme="lecun_normal", max_growth=10)
+    assert [r.shape[1] for r in found.stream] == [4, 8] * 3
+
+
 def test_after_updates() -> None:
     def loss(y: Any) -> Any:
         return jnp.square(y - 1).mean()

@@ -106,6 +106,26 @@ def test_axes_of_normalizations() -> None:
     assert axes["layer"].axes == (1, 2, 3) and not axes["layer"].batch
 
 
+@pytest.mark.parametrize("form", ["stack", "unstack"])
+def test_the_batch_is_followed_through_what_moves_its_axis(form: str) -> None:
+    """Batch norm behind jnp.stack of two poolings (CBAM), and of slices along another axis."""
+
+    def apply(params: Any, x: Any) -> Any:
+        x = x @ params["w"]
+        if form == "stack":
+            y = jnp.stack([x.mean(-1), x.max(-1)], 1)
+        else:
+            y = sum(jnp.unstack(x, axis=1))
+        y = y @ params["v"]
+        y = y - y.mean(0)
+        return y * jax.lax.rsqrt((y**2).mean(0) + 1e-5)
+
+    shapes = {"w": (16, 8), "v": (6 if form == "stack" else 8, 4)}
+    params = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+    s = fi.structure(fi.Function(apply, params), jax.ShapeDtypeStruct((4, 6, 16), jnp.float32))
+    assert [n.batch for n in s.norms] == [True]
+
+
 def test_removed_normalization_leaves_the_plain_network() -> None:
     removed = fi.structure(cifar_resnet(20, norm="batch"), IMAGES, normalization="removed")
     plain = fi.structure(cifar_resnet(20, norm="none"), IMAGES)

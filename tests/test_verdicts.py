@@ -15,6 +15,7 @@ import pytest
 import fixup_init as fi
 from fixup_init.plain import plain
 from fixup_init.propagation import Propagation, Row, Statistics, Weight
+from fixup_init.report.layout import pairs
 from fixup_init.verdicts import Verdict, verdicts
 from fixup_init.verdicts.rows import HEADROOM
 
@@ -243,6 +244,85 @@ def test_negative_biases_kill_relu() -> None:
     assert serious(_biased(0.0)) == []
 
 
+def _online_softmax(start: float) -> fi.Function:
+    """Attention over chunks of keys: exp(old - new) rescales what was summed, and is zero in the first pass."""
+
+    def net(w: Any, x: Any) -> Any:
+        q = x @ w["q"]
+        chunks = [jnp.moveaxis((x @ w[n]).reshape(4, 4, 4, WIDTH), 1, 0) for n in "kv"]
+
+        def step(state: Any, chunk: Any) -> Any:
+            total, weight, largest = state
+            k, v = chunk
+            scores = jnp.einsum("bqd,bkd->bqk", q, k) / math.sqrt(WIDTH)
+            new = jnp.maximum(largest, scores.max(-1, keepdims=True))
+            shares, kept = jnp.exp(scores - new), jnp.exp(largest - new)
+            return (total * kept + shares @ v, weight * kept + shares.sum(-1, keepdims=True), new), None
+
+        zero = jnp.zeros((4, 16, 1))
+        (total, weight, _), _ = jax.lax.scan(step, (jnp.zeros_like(q), zero, jnp.full_like(zero, start)), chunks)
+        return x @ w["head"] + (total / weight) @ w["o"]
+
+    square = spec(WIDTH, WIDTH)
+    return fi.Function(net, {**dict.fromkeys("qkvo", square), "head": square})
+
+
+@pytest.mark.parametrize("start", [-1e9, -math.inf])
+def test_what_is_off_in_one_pass_of_a_scan_is_not_dead(start: float) -> None:
+    found = measured(_online_softmax(start), TOKENS, "lecun_normal")
+    off = [r.repeat for r in found.select("nonlinearity") if r.name == "exp" and r.forward and r.forward.zeros == 1]
+    assert off == [0]
+    assert not [v for v in verdicts(found) if v.kind == "dead"]
+
+
+def test_a_dead_layer_in_a_scan_over_layers_is_dead() -> None:
+    def net(w: Any, x: Any) -> Any:
+        return jax.lax.scan(lambda x, k: (x + jax.nn.relu(x @ k[0] + k[1]) @ k[2], None), x, w["blocks"])[0] @ w["head"]
+
+    blocks = (spec(4, WIDTH, WIDTH), spec(4, WIDTH), spec(4, WIDTH, WIDTH))
+    model = fi.Function(net, {"blocks": blocks, "head": spec(WIDTH, 10)})
+    params = fi.init(model, jax.random.key(0), VECTORS, scheme="lecun_normal")
+    a, c, b = params["blocks"]
+    params["blocks"] = (a, c.at[1].add(-50.0), b)
+    found = the(fi.analyze(model, params, VECTORS), "dead")
+    assert "relu, pass 2 behind" in found.text and "1 of 4 nonlinearities" in found.text
+
+
+def test_what_no_layer_leads_to_is_not_dead() -> None:
+    """A part of the data that is off, and what depends on constants alone, in a scan over time."""
+
+    def net(w: Any, x: Any) -> Any:
+        y = x @ w["a"] + jax.nn.relu(-jnp.abs(x))
+
+        def step(state: Any, row: Any) -> Any:
+            clock, h = state
+            return (clock - 1, h + row + row * jax.nn.relu(clock)), None
+
+        start = (-jnp.ones((4, WIDTH)), jnp.zeros((4, WIDTH)))
+        return jax.lax.scan(step, start, jnp.moveaxis(y, 1, 0))[0][1] @ w["b"]
+
+    found = measured(fi.Function(net, {"a": spec(WIDTH, WIDTH), "b": spec(WIDTH, 10)}), TOKENS, "lecun_normal")
+    off = [r for r in found.select("nonlinearity") if r.forward and r.forward.zeros == 1]
+    assert len(off) > 1
+    assert not [v for v in verdicts(found) if v.kind == "dead"]
+
+
+def test_an_indicator_of_indices_is_no_nonlinearity() -> None:
+    """Expert choice routing gathers tokens by one_hot(top_k): 1 of as many entries as there are tokens is not zero."""
+
+    def net(w: Any, x: Any) -> Any:
+        shares, chosen = jax.lax.top_k(jax.nn.softmax(x @ w["router"], -1).T, 8)
+        picks = jax.nn.one_hot(chosen, x.shape[0])
+        y = jnp.einsum("ecn,nd->ecd", picks, x)
+        y = jax.nn.relu(jnp.einsum("ecd,edf->ecf", y, w["up"]))
+        return jnp.einsum("ecn,ec,ecf->nf", picks, shares, y) @ w["head"]
+
+    shapes = {"router": spec(WIDTH, 4), "up": spec(4, WIDTH, 64), "head": spec(64, 10)}
+    found = measured(fi.Function(net, shapes), spec(64, WIDTH), "he_normal")
+    assert [r.name for r in found.select("nonlinearity")] == ["relu"]
+    assert not [v for v in verdicts(found) if v.kind == "dead"]
+
+
 def test_attention_without_skips_collapses() -> None:
     found = the(measured(attention(12, skips=False), TOKENS, "lecun_normal"), "rank_collapse")
     assert found.severity == "warning" and (found.factor or 0) > 4
@@ -404,6 +484,56 @@ def test_a_dead_stem_is_a_zero_signal() -> None:
     assert found.severity == "error" and "from sum 1, block 1, on to the output: 3 of 3" in found.text
 
 
+def two_heads(w: Any, x: Any) -> Any:
+    """Policy and value, the second with a layer of its own that the trace meets behind the first head."""
+    x = x @ w["stem"]
+    for a, b in w["blocks"]:
+        x = x + jax.nn.relu(x @ a) @ b
+    return jax.nn.relu(x @ w["p1"]) @ w["policy"], jax.nn.relu(jax.nn.relu(x @ w["v1"]) @ w["v2"]) @ w["value"]
+
+
+TWO_HEADS = fi.Function(
+    two_heads,
+    {
+        **dict.fromkeys(("stem", "p1", "v1", "v2"), spec(WIDTH, WIDTH)), "blocks": [(spec(WIDTH, WIDTH),) * 2] * 2,
+        "policy": spec(WIDTH, 10), "value": spec(WIDTH, 1),
+    },
+)  # fmt: skip
+
+
+def test_all_zero_heads_are_named_and_the_rest_is_said_of_what_they_hide() -> None:
+    found = measured(TWO_HEADS, VECTORS, "fixup")
+    assert found.probe == "input of the head"
+    head = the(found, "zero_gradient")
+    assert "The head (policy, value) is zero" in head.text
+    assert "for every layer that reaches the output only through it" in head.text
+    assert {found.rows[k].name for k in head.rows} == {"stem", "blocks/0/1", "blocks/1/1", "p1", "v1", "v2"}
+    assert serious(found) == []
+
+
+def test_heads_of_a_network_without_sums_are_all_named() -> None:
+    def net(w: Any, x: Any) -> Any:
+        x = jax.nn.relu(x @ w["a"])
+        return x @ w["policy"], x @ w["value"]
+
+    model = fi.Function(net, {"a": spec(WIDTH, 64), "policy": spec(64, 10), "value": spec(64, 8)})
+    params = fi.init(model, jax.random.key(0), VECTORS, scheme="he")
+    params |= {n: 0 * params[n] for n in ("policy", "value")}
+    text = the(fi.analyze(model, params, VECTORS, probe="output"), "zero_gradient").text
+    assert "The head (policy, value) is zero, so that 1 layer of 3 has a gradient" in text
+
+
+def test_a_zero_head_beside_others_that_leaves_gradients_to_all_says_nothing() -> None:
+    def net(w: Any, x: Any) -> Any:
+        y = jax.nn.relu(x @ w["a"])
+        return y @ w["linear"] + jnp.sin(y) @ w["spline"]
+
+    model = fi.Function(net, {"a": spec(WIDTH, 64), "linear": spec(64, 10), "spline": spec(64, 10)})
+    params = fi.init(model, jax.random.key(0), VECTORS, scheme="he")
+    params["spline"] = 0 * params["spline"]
+    assert not [v for v in verdicts(fi.analyze(model, params, VECTORS)) if v.kind == "zero_gradient"]
+
+
 def test_one_layer_of_another_scale() -> None:
     net = plain_mlp(6)
     params = fi.init(net, jax.random.key(0), spec(16, 64), scheme="he")
@@ -411,6 +541,109 @@ def test_one_layer_of_another_scale() -> None:
     params[3] = 1e3 * params[3]
     found = the(fi.analyze(net, params, spec(16, 64)), "gradient_scale")
     assert found.severity == "warning" and "2 of 6 layers" in found.text
+
+
+# --- layers beside others, and sums that alternate ------------------------------------------------------------------
+
+
+def recommender(features: int) -> fi.Function:
+    """Five embedding tables beside a tower, and a head behind the products of all of them (DLRM)."""
+
+    def net(w: Any, x: Any, ids: Any) -> Any:
+        for k in w["bottom"]:
+            x = jax.nn.relu(x @ k)
+        every = jnp.stack([x, *(table[ids[:, j]] for j, table in enumerate(w["tables"]))], 1)
+        x = jnp.concatenate([x, jnp.einsum("bid,bjd->bij", every, every).reshape(x.shape[0], -1)], -1)
+        for k in w["top"]:
+            x = jax.nn.relu(x @ k)
+        return x @ w["head"]
+
+    tables, top = [spec(50, WIDTH)] * 5, [spec(WIDTH + 36, WIDTH), spec(WIDTH, WIDTH)]
+    return fi.Function(
+        net, {"bottom": [spec(8, WIDTH)], "tables": tables, "top": top, "head": spec(WIDTH, features)}
+    )  # fmt: skip
+
+
+def _recommended(features: int) -> Propagation:
+    model, inputs = recommender(features), (spec(16, 8), spec(16, 5, dtype=jnp.int32))
+    leaves, tree = jax.tree.flatten(model.params)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    drawn = [math.sqrt(2 / s.shape[0]) * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(tree, drawn)
+    params["tables"] = [0.01 * t for t in params["tables"]]
+    return fi.analyze(model, params, *inputs)
+
+
+def test_layers_beside_others_are_no_depth() -> None:
+    found = _recommended(8)
+    assert [r.name for r in found.stream] == ["bottom/0", "top/0", "top/1", "head"]
+    assert found.drift().blocks == 3
+    assert not [v for v in verdicts(found) if v.kind in ("growth", "vanishing")]
+
+
+def test_a_prediction_is_shown_along_the_measured_stream() -> None:
+    model, x = attention(2, skips=False), TOKENS
+    (pair,) = pairs(measured(model, x, "lecun_normal"), fi.predict(model, x, scheme="lecun_normal"))
+    assert pair.predicted is not None
+    assert [r.name for r in pair.predicted.stream] == [r.name for r in pair.own.stream]
+
+
+def test_the_most_direct_of_parallel_layers_is_in_series() -> None:
+    found = measured(attention(2, skips=False), TOKENS, "lecun_normal")
+    assert [r.name for r in found.stream] == ["layers/0/2", "layers/0/3", "layers/1/2", "layers/1/3", "head"]
+
+
+def test_passes_that_no_carry_joins_are_beside_each_other() -> None:
+    def net(w: Any, x: Any, carried: bool) -> Any:
+        x = jnp.moveaxis(x, 1, 0)
+        if carried:
+            return jax.lax.scan(lambda h, row: (jnp.tanh(h @ w["h"] + row @ w["x"]), None), x[0], x)[0] @ w["head"]
+        return jax.lax.map(lambda row: row @ w["x"], x) @ w["head"]
+
+    square = spec(WIDTH, WIDTH)
+    weights = {"x": square, "head": square}
+    beside = measured(fi.Function(lambda w, x: net(w, x, False), weights), TOKENS, "he")
+    joined = measured(fi.Function(lambda w, x: net(w, x, True), {**weights, "h": square}), TOKENS, "he")
+    assert [(r.name, r.repeat) for r in beside.stream] == [("x", 0), ("head", None)]
+    assert [(r.name, r.repeat) for r in joined.stream] == [*(("h", k) for k in range(16)), ("head", None)]
+
+
+def test_one_feature_tells_neither_angles_nor_means() -> None:
+    kinds = [v.kind for v in verdicts(_recommended(1))]
+    assert "rank_collapse" not in kinds and "mean_shift" not in kinds
+
+
+def test_what_was_written_before_rows_had_places_is_read() -> None:
+    found = _recommended(8)
+    data = found.to_dict()
+    for row in data["rows"]:
+        del row["place"]
+    old = Propagation.from_dict(data)
+    assert len(old.stream) == 9 and {r.place for r in old.rows} == {None}
+    assert Propagation.from_dict(found.to_dict()) == found
+
+
+def _shaped(*shapes: int, moments: Callable[[int], float]) -> Propagation:
+    return _propagation([_sum(k, moments(n), (8, n, 16)) for k, n in enumerate(shapes)])
+
+
+def test_sums_of_shapes_that_alternate_are_read_apart() -> None:
+    """Mixture of depths: a block on the tokens that a router chose, whose end is added to all of them."""
+    still = _shaped(8, 16, 8, 16, 8, 16, moments=lambda n: 1.0 if n == 8 else 0.02)
+    assert verdicts(still) == () and still.drift().verdict == "flat" and still.drift().blocks == 2
+    assert [[r.name for r in part] for part in still.streams] == [
+        ["sum 1", "sum 3", "sum 5"],
+        ["sum 2", "sum 4", "sum 6"],
+    ]
+    rows = [_sum(k, 10.0**k, (8, 16 if k % 2 else 8, 16)) for k in range(6)]
+    found = [v for v in verdicts(_propagation(rows)) if v.kind == "growth"]
+    assert [v.rows for v in found] == [(0, 2, 4), (1, 3, 5)] and {v.factor for v in found} == {100.0}
+
+
+@pytest.mark.parametrize("shapes", [(32, 32, 16, 16, 8, 8), (32, 16, 8, 16, 32), (8, 16, 8)])
+def test_stages_and_a_u_net_are_one_stream(shapes: tuple[int, ...]) -> None:
+    found = _shaped(*shapes, moments=lambda n: 1.0)
+    assert found.streams == (found.stream,)
 
 
 # --- theory, axes, and the data alone -------------------------------------------------------------------------------

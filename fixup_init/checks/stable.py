@@ -18,7 +18,7 @@ from fixup_init.sample import typed_key
 from fixup_init.schemes import Scheme
 from fixup_init.structure import of_trace
 from fixup_init.tracing import check_normalization, trace, without_normalization
-from fixup_init.verdicts import Verdict, layers_of, name_of, passed, verdicts
+from fixup_init.verdicts import Verdict, layers_of, name_of, parts, verdicts
 
 __all__ = ["UnstableError", "assert_stable"]
 
@@ -48,9 +48,10 @@ def assert_stable(
 ) -> Propagation:
     """Fails where a model's signal or its gradient grows, shrinks, overflows or dies on the way through the network.
 
-    The second moment of the stream (the residual sums; every weight layer where there are none) may rise above its
-    first value, or fall below it, by `max_growth`; forward from the stem and backward from the head. Whatever the
-    limit, values that are not finite, a stream that is exactly zero and dead layers fail.
+    The second moment of the stream (the residual sums; the weight layers in series where there are none) may rise
+    above its first value, or fall below it, by `max_growth`; forward from the stem and backward from the head. Where
+    sums of several shapes alternate, each shape is a stream of its own. Whatever the limit, values that are not
+    finite, a stream that is exactly zero and dead layers fail.
 
     Args:
       model: as for `fi.analyze`.
@@ -158,9 +159,11 @@ def check(propagation: Propagation, max_growth: float, strict: bool, what: str) 
 
 def excess(propagation: Propagation, direction: Direction, max_growth: float) -> Excess | None:
     """Where the second moment of the stream rises above its first value, or falls below it, by more than a factor."""
-    rows = passed(propagation, direction)
-    if len(rows) < 2:
-        return None
+    found = [e for rows in parts(propagation, direction) if (e := _excess(propagation, direction, rows, max_growth))]
+    return max(found, key=lambda e: abs(math.log(e.ratio)), default=None)
+
+
+def _excess(propagation: Propagation, direction: Direction, rows: tuple[int, ...], max_growth: float) -> Excess | None:
     moments = [s.second_moment for k in rows if (s := getattr(propagation.rows[k], direction)) is not None]
     ratios = [m / moments[0] for m in moments]
     far = [i for i, r in enumerate(ratios) if not 1 / max_growth <= r <= max_growth]

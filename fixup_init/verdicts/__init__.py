@@ -13,12 +13,12 @@ from fixup_init.verdicts.dead import dead_units, saturation, zero_signal
 from fixup_init.verdicts.gradients import gradient_scales, zero_gradients
 from fixup_init.verdicts.growth import drifts
 from fixup_init.verdicts.overflow import near_overflow, overflow
-from fixup_init.verdicts.rows import passed
+from fixup_init.verdicts.rows import parts
 from fixup_init.verdicts.theory import against_prediction
 from fixup_init.verdicts.verdict import Kind, Severity, Verdict
 from fixup_init.verdicts.words import layers_of, name_of
 
-__all__ = ["Kind", "Severity", "Verdict", "layers_of", "name_of", "passed", "verdicts"]
+__all__ = ["Kind", "Severity", "Verdict", "layers_of", "name_of", "parts", "verdicts"]
 
 _ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
 

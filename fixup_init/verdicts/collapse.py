@@ -13,6 +13,7 @@ from fixup_init.verdicts.words import call_of, listed, name_of
 __all__ = [
     "ALIKE",
     "APART",
+    "FEATURES",
     "MEAN_SHARE",
     "MEAN_SHARE_STRONG",
     "RANK_LOSS",
@@ -28,6 +29,8 @@ MEAN_SHARE, MEAN_SHARE_STRONG = 0.95, 0.99
 ALIKE, APART = 0.99, 0.9
 # Effective rank of 64 vectors, start over end: skips lose directions slowly, layers without them with each product.
 RANK_LOSS, RANK_LOSS_SKIPS = 4.0, 8.0
+# With fewer features than these, neither a cosine nor a mean over channels says anything.
+FEATURES = 4
 
 
 def rank_collapse(propagation: Propagation) -> Iterator[Verdict]:
@@ -75,8 +78,10 @@ def rank_collapse(propagation: Propagation) -> Iterator[Verdict]:
 
 
 def _unpooled(propagation: Propagation) -> list[int]:
-    """The stream without the layers behind a pooling, which makes examples alike where the data is noise."""
+    """The stream without the layers behind a pooling, which makes examples alike where the data is noise, and without
+    those of few features: the cosine of two numbers is 1 or -1."""
     rows = [k for k in passed(propagation, "forward") if len(propagation.rows[k].shape) > 1]
+    rows = [k for k in rows if propagation.rows[k].shape[-1] >= FEATURES]
     return [k for k in rows if len(propagation.rows[k].shape) >= len(propagation.rows[rows[0]].shape)]
 
 

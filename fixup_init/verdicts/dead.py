@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from fixup_init.propagation import Propagation
+from fixup_init.propagation import Propagation, Row
 from fixup_init.verdicts.rows import DIRECTIONS, in_order, moment_of, row_before, rows_of, zero_head
 from fixup_init.verdicts.verdict import Verdict
 from fixup_init.verdicts.words import call_of, family_for, listed, name_of, place_of
@@ -44,8 +44,9 @@ def zero_signal(propagation: Propagation) -> Iterator[Verdict]:
 
 def dead_units(propagation: Propagation) -> Iterator[Verdict]:
     """Nonlinearities that are off for nearly all units and data, though something enters them."""
-    off = {k: _off(propagation, k) for k in rows_of(propagation, "nonlinearity")}
-    dead = [k for k, share in off.items() if share >= DEAD]
+    off = {k: _off(propagation, k) for k in rows_of(propagation, "nonlinearity") if _learns(propagation.rows[k])}
+    least = _least(propagation, off)
+    dead = [k for k, share in off.items() if share >= DEAD and least[k] >= DEAD]
     if not dead:
         return
     shares = [off[k] for k in dead]
@@ -67,6 +68,23 @@ def dead_units(propagation: Propagation) -> Iterator[Verdict]:
         f"biases to 0 and draws kernels of mean 0: {listed(propagation.rows[f].name for f in feeds)}."
     )
     yield Verdict("dead", "forward", "error" if whole else "warning", text, tuple(dead), max(shares), advice)
+
+
+def _learns(row: Row) -> bool:
+    """Whether a weight layer leads to a nonlinearity: what is off for data or constants alone is so by design."""
+    return row.place is None or row.place.fed
+
+
+def _least(propagation: Propagation, off: dict[int, float]) -> dict[int, float]:
+    """The least share that is off over the passes of a scan with the same parameters, of which one that is on is enough
+    to learn: the state of an online softmax starts at -inf, which makes exp(old - new) zero in the first pass."""
+    least: dict[int, float] = {}
+    unit: dict[int, int] = {}
+    for k, share in off.items():
+        place = propagation.rows[k].place
+        unit[k] = -1 - k if place is None else place.unit
+        least[unit[k]] = min(least.get(unit[k], 1.0), 1.0 if math.isnan(share) else share)
+    return {k: least[unit[k]] for k in off}
 
 
 def _off(propagation: Propagation, index: int) -> float:

@@ -32,14 +32,16 @@ def zero_gradients(propagation: Propagation) -> Iterator[Verdict]:
     weights = [k for k in rows_of(propagation, "weight") if k not in head and rows[k].forward is not None]
     zero = [k for k in weights if _gradient(rows[k]) == 0]
     if head and propagation.probe in _WHOLE:
+        if not zero:  # other layers feed the output beside the head
+            return
         ends = [k for k in zero if (w := rows[k].weight) is not None and w.parameter_norm == 0]
         first = f", {listed(rows[k].name for k in ends)} among them" if ends else ""
         yield Verdict(
             "zero_gradient", "backward", "note",
             f"The head ({listed(rows[k].name for k in head)}) is zero, so that {layer_count(len(zero))} of "
-            f"{len(weights) + len(head)} have a gradient of exactly zero at step 0. This is expected: the head moves "
-            f"at step 0, what is outside of branches or at their ends from step 1 on{first}, and zero gradient is "
-            "expected until step 2 for layers behind a zero one.",
+            f"{len(weights) + len(head)} {'has' if len(zero) == 1 else 'have'} a gradient of exactly zero at step 0. "
+            "This is expected: the head moves at step 0, what is outside of branches or at their ends from step 1 on"
+            f"{first}, and zero gradient is expected until step 2 for layers behind a zero one.",
             tuple(zero), None, 'To see the gradients behind the head, measure with probe="head".',
         )  # fmt: skip
         return
@@ -51,13 +53,17 @@ def zero_gradients(propagation: Propagation) -> Iterator[Verdict]:
             inside.append(k)
     wrong = [k for k in zero if k not in inside]
     if head:
-        others = [k for k in weights if k < head[0] and _gradient(rows[k]) > 0]
+        others = [k for k in weights if _gradient(rows[k]) > 0]
+        later = (
+            f"; from step 1 on at the latest {layer_count(len(others))} outside of branches or at their ends "
+            f"({listed(rows[k].name for k in others)})"
+        )
         yield Verdict(
             "zero_gradient", "backward", "note",
             f"The head ({listed(rows[k].name for k in head)}) is zero, so at step 0 the gradient of a loss is zero "
-            f"for every other layer ({propagation.kind} from the {propagation.probe}, it is not). This is expected: "
-            f"the head moves at step 0; from step 1 on {layer_count(len(others))} outside of branches or at their ends "
-            f"({listed(rows[k].name for k in others)}).",
+            f"for every layer that reaches the output only through it ({propagation.kind} from the "
+            f"{propagation.probe}, it is not). This is expected: the head moves at step 0"
+            f"{later if others else ''}.",
             tuple(others),
         )  # fmt: skip
     if inside:

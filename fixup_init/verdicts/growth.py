@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from fixup_init.propagation import Direction, Propagation, Row
-from fixup_init.verdicts.rows import DIRECTIONS, HEADROOM, LARGEST, moment_of, passed, row_before, rows_of
+from fixup_init.verdicts.rows import DIRECTIONS, HEADROOM, LARGEST, moment_of, parts, row_before, rows_of
 from fixup_init.verdicts.verdict import Verdict
 from fixup_init.verdicts.words import call_of, family_for, listed, name_of
 
@@ -26,32 +26,35 @@ STRONG = 100.0
 def drifts(propagation: Propagation) -> Iterator[Verdict]:
     """Growth and vanishing of the stream a block, forward and backward."""
     for direction in DIRECTIONS:
-        rows = passed(propagation, direction)
-        drift = dataclasses.replace(propagation, rows=tuple(propagation.rows[k] for k in sorted(rows))).drift(direction)
-        if drift.blocks < 1 or not drift.factor:
-            continue
-        total = drift.last / drift.first
-        # Both the ends and most blocks must say so: one wide layer is no trend, nor are resets at stages.
-        steady = drift.blocks * math.log(drift.factor)
-        size = min(abs(math.log(total)), abs(steady)) if math.log(total) * steady > 0 else 0.0
-        sums = bool(propagation.select("sum"))
-        if size <= math.log(STEADY):
-            continue
-        grows, strong = total > 1, size >= math.log(STRONG)
-        unit = "block" if sums else "layer"
-        what = "signal" if direction == "forward" else "gradient signal"
-        a_block = drift.factor if grows else 1 / drift.factor
-        does = ("explodes" if grows else "vanishes") if strong else "drifts"
-        text = (
-            f"The {what} {does}: its second moment {'grows' if grows else 'shrinks'} by "
-            f"a factor of {a_block:.2f} a {unit}, from {drift.first:.3g} at {name_of(propagation.rows[rows[0]])} to "
-            f"{drift.last:.3g} at {name_of(propagation.rows[rows[-1]])}, over {drift.blocks} {unit}"
-            f"{'s' * (drift.blocks != 1)}{_by_stage(propagation, rows, direction)}."
-        ) + (_ahead(propagation.rows[rows[-1]], drift.last, drift.factor, drift.blocks, unit) if grows else "")
-        yield Verdict(
-            "growth" if grows else "vanishing", direction, "warning" if strong else "note", text,
-            rows, drift.factor, against_drift(propagation, direction, grows),
-        )  # fmt: skip
+        for rows in parts(propagation, direction):
+            yield from _drift(propagation, direction, rows)
+
+
+def _drift(propagation: Propagation, direction: Direction, rows: tuple[int, ...]) -> Iterator[Verdict]:
+    drift = dataclasses.replace(propagation, rows=tuple(propagation.rows[k] for k in sorted(rows))).drift(direction)
+    if drift.blocks < 1 or not drift.factor:
+        return
+    total = drift.last / drift.first
+    # Both the ends and most blocks must say so: one wide layer is no trend, nor are resets at stages.
+    steady = drift.blocks * math.log(drift.factor)
+    size = min(abs(math.log(total)), abs(steady)) if math.log(total) * steady > 0 else 0.0
+    if size <= math.log(STEADY):
+        return
+    grows, strong = total > 1, size >= math.log(STRONG)
+    unit = "block" if propagation.select("sum") else "layer"
+    what = "signal" if direction == "forward" else "gradient signal"
+    a_block = drift.factor if grows else 1 / drift.factor
+    does = ("explodes" if grows else "vanishes") if strong else "drifts"
+    text = (
+        f"The {what} {does}: its second moment {'grows' if grows else 'shrinks'} by "
+        f"a factor of {a_block:.2f} a {unit}, from {drift.first:.3g} at {name_of(propagation.rows[rows[0]])} to "
+        f"{drift.last:.3g} at {name_of(propagation.rows[rows[-1]])}, over {drift.blocks} {unit}"
+        f"{'s' * (drift.blocks != 1)}{_by_stage(propagation, rows, direction)}."
+    ) + (_ahead(propagation.rows[rows[-1]], drift.last, drift.factor, drift.blocks, unit) if grows else "")
+    yield Verdict(
+        "growth" if grows else "vanishing", direction, "warning" if strong else "note", text,
+        rows, drift.factor, against_drift(propagation, direction, grows),
+    )  # fmt: skip
 
 
 def _by_stage(propagation: Propagation, rows: Sequence[int], direction: Direction) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "mean_share_of",
     "moment_of",
     "overflows",
+    "parts",
     "passed",
     "rms_of",
     "row_after",
@@ -83,6 +84,15 @@ def passed(propagation: Propagation, direction: Direction) -> tuple[int, ...]:
     return tuple(k for k in finite if 0 < moment_of(propagation.rows[k], direction) < math.inf)
 
 
+def parts(propagation: Propagation, direction: Direction) -> list[tuple[int, ...]]:
+    """What `passed` gives, by the parts of the stream whose rows follow each other."""
+    part_of = {id(r): k for k, part in enumerate(propagation.streams) for r in part}
+    found: dict[int, list[int]] = {}
+    for k in passed(propagation, direction):
+        found.setdefault(part_of[id(propagation.rows[k])], []).append(k)
+    return [tuple(rows) for rows in found.values()]
+
+
 def rows_of(propagation: Propagation, *kinds: str) -> list[int]:
     return [k for k, r in enumerate(propagation.rows) if r.kind in kinds]
 
@@ -103,19 +113,26 @@ def row_after(propagation: Propagation, index: int, kind: str, stop: str) -> int
 
 
 def zero_head(propagation: Propagation) -> tuple[int, ...]:
-    """Zero layers behind the last sum (or, without sums, the last layer), which hold the output at zero."""
-    sums = rows_of(propagation, "sum")
-    weights = [k for k in rows_of(propagation, "weight") if not sums or k > sums[-1]]
-    if not sums:
-        weights = weights[-1:]
-    zero = [k for k in weights if (w := propagation.rows[k].weight) is not None and w.parameter_norm == 0]
-    if zero:
-        return tuple(zero)
-    # Where norms are not known (the probe is behind the head, or a prediction): what gives zero, though it is fed.
-    fed = [
-        k for k in (sums or rows_of(propagation, "weight")[:-1])[-1:] if moment_of(propagation.rows[k], "forward") > 0
-    ]
-    return tuple(k for k in weights if fed and moment_of(propagation.rows[k], "forward") == 0)
+    """Zero layers behind the last sum (or, without sums, those that no other follows), which hold an output at zero."""
+    sums, weights = rows_of(propagation, "sum"), rows_of(propagation, "weight")
+    heads = [k for k in weights if k > sums[-1]] if sums else _last_layers(propagation, weights)
+    before = [k for k in sums or weights if k not in heads][-1:]
+    fed = any(moment_of(propagation.rows[k], "forward") > 0 for k in before)
+    return tuple(k for k in heads if _gives_zero(propagation.rows[k], fed))
+
+
+def _last_layers(propagation: Propagation, weights: list[int]) -> list[int]:
+    """Weight layers that no other follows; where that is not known, the last one."""
+    places = {k: propagation.rows[k].place for k in weights}
+    last = [k for k, place in places.items() if place is not None and place.last]
+    return last or weights[-1:]
+
+
+def _gives_zero(row: Row, fed: bool) -> bool:
+    """Whether a layer is zero; where its norm is not known (behind the probe, or predicted), whether its output is."""
+    if row.weight is not None:
+        return row.weight.parameter_norm == 0
+    return fed and moment_of(row, "forward") == 0
 
 
 def branch_ends(propagation: Propagation) -> list[str]:
