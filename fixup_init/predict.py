@@ -408,6 +408,8 @@ def _install(traced: Traced, interpreter: Interpreter) -> None:
             interpreter.instead.setdefault(id(op), functools.partial(logs.logarithm, interpreter))
         for op in logs.less:
             interpreter.instead.setdefault(id(op), functools.partial(logs.log_softmax, interpreter))
+        for op in logs.inside:
+            interpreter.instead.setdefault(id(op), functools.partial(logs.within, interpreter))
     for root in moments.roots(program):
         interpreter.instead.setdefault(id(root.end), functools.partial(root, interpreter))
 

@@ -545,3 +545,76 @@ def test_every_family(case: Any) -> None:
         else:
             assert math.isfinite(row.forward.second_moment)
             assert row.backward is not None or "backward unknown" in row.note or "int" in row.dtype
+
+
+# --- what can be, and what cannot
+
+
+def steps(x: Any) -> Any:
+    """Positive, behind random weights."""
+    return nn.softplus(nn.Dense(128, name="dt")(x) - 3.0)
+
+
+class Decays(nn.Module):
+    """exp of cumulative sums of negative values: never above 1."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(128, name="head")(jnp.exp(jnp.cumsum(-8 * steps(x), 1)))
+
+
+class SegmentSums(nn.Module):
+    """The same from each position to each later one, as Mamba-2 has it."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        sums = jnp.cumsum(jnp.moveaxis(-8 * steps(x), -1, 1), -1)
+        sums = jnp.where(jnp.tri(x.shape[1], dtype=bool), sums[..., :, None] - sums[..., None, :], -jnp.inf)
+        return jnp.einsum("bdts,bsd->btd", jnp.exp(sums), nn.Dense(128, name="v")(x))
+
+
+class Stabilized(nn.Module):
+    """exp(i - max(f, i)), which is at most 1, as in an mLSTM."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        i, f = nn.Dense(128)(x), nn.log_sigmoid(nn.Dense(128)(x) + 3)
+        return nn.Dense(64)(jnp.exp(i - jnp.maximum(f, i)) * nn.Dense(128)(x))
+
+
+def test_exponentials_of_sums_of_one_sign_stay_below_one() -> None:
+    x = vectors(4, 16, 128)
+    found = predict(Decays(), x, scheme="lecun", probe="output")
+    row = next(r for r in found.rows if r.name == "exp")
+    assert row.forward is not None and row.forward.second_moment < 1
+    assert "one sign" in row.note and "one sign" in found.rows[-1].note
+    mean, _ = ratios(Decays(), x, "lecun", seeds=3, probe="output")
+    assert abs(mean[0::2] - 1).max() < 0.25  # before: 0 to infinity
+
+
+@pytest.mark.parametrize("net", [SegmentSums(), Stabilized()])
+def test_exponentials_that_cannot_be_so_large_are_not_known(net: nn.Module) -> None:
+    found = predict(net, vectors(4, 16, 128), scheme="lecun", probe="output").rows
+    assert any(r.forward is None and "`exp` of a value" in r.note for r in found)
+    for row in found:
+        assert row.forward is None or row.forward.second_moment < 100
+        assert row.backward is None or row.backward.second_moment < 100
+
+
+def test_exponentials_of_masked_values_are_zero_there() -> None:
+    """A softmax aside: a quarter of the entries is left."""
+    net = fi.Function(lambda p, x: jnp.exp(jnp.where(jnp.arange(64) < 16, 0.5 * x, -jnp.inf)), {})
+    found = predict(net, vectors(8, 64)).rows
+    assert found[-1].forward is not None and found[0].backward is not None
+    assert found[-1].forward.second_moment == pytest.approx(math.exp(0.5) / 4, rel=1e-3)
+    assert found[0].backward.second_moment == pytest.approx(math.exp(0.5) / 16, rel=1e-3)
+
+
+def test_moments_beyond_the_range_of_floats_are_not_known() -> None:
+    def apply(p: Any, x: Any) -> Any:
+        for _ in range(12):
+            x = x * x
+        return x @ p["w"]
+
+    last = predict(fi.Function(apply, {"w": vectors(64, 64)}), vectors(4, 64), scheme="he").rows[-1]
+    assert last.forward is None and last.note.startswith("unknown")

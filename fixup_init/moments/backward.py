@@ -63,7 +63,7 @@ def pull_back(
             with np.errstate(all="ignore"):
                 try:
                     part = _pulled(node, own, way)
-                except (ValueError, IndexError):
+                except (ValueError, IndexError, ArithmeticError):
                     if strict:
                         raise
                     rank = len(way.node.shape)

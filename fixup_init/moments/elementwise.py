@@ -20,6 +20,7 @@ from scipy import special
 from fixup_init import jaxprs, quadrature, running
 from fixup_init.jaxprs import p
 from fixup_init.moments import whole_numbers
+from fixup_init.moments.bounds import reach_of
 from fixup_init.moments.combining import combined, complement
 from fixup_init.moments.distributions import drawn_at, draws
 from fixup_init.moments.environment import Environment, NoRule
@@ -43,6 +44,10 @@ _SINGULAR = frozenset({
     p.erf_inv_p, p.lgamma_p, p.digamma_p, jaxprs.LOG2,
 })  # fmt: skip
 _POLE = 1e3  # times the mean square of samples
+_EXPONENTIAL = frozenset({p.exp_p, p.exp2_p})
+_BEYOND = 0.03  # of a second moment: what may come from values that are out of reach
+TAIL = "approximate: an exponential whose second moment lies in a tail that is hardly ever drawn"
+ONE_SIGN = "approximate: sums of values of one sign, taken as log-normal"
 _GRID = 96  # points for each of two values
 _ORDER = 24  # of their Hermite expansion
 
@@ -53,7 +58,7 @@ def elementwise(env: Environment, op: Op, args: list[Value]) -> Value:
     shape = env.program.shape(op.outputs[0])
     rank = len(shape)
     one = unit(rank)
-    args = [_lifted(env, a, shape) for a in args]
+    args = [_with_reach(_lifted(env, a, shape), a) for a in args]
     result: Value | None = None
     if any(a.bits for a in args):
         return of_bits(op, args)
@@ -88,6 +93,8 @@ def elementwise(env: Environment, op: Op, args: list[Value]) -> Value:
         result = _product(env, shape, [args[0], args[0]])
     if result is None:
         result = _function(env, op, args, shape)
+        if (masked := _of_masked(env, op, args, result)) is not None:
+            result, args = masked, [dataclasses.replace(a, visible=None) for a in args]
     call = env.calls.get(op.outputs[0])
     if call is not None and result.slopes:
         _by_rule(env, call, result)
@@ -96,6 +103,13 @@ def elementwise(env: Environment, op: Op, args: list[Value]) -> Value:
     _keep_mask(op, args, result)
     result.rows = max((a.rows for a in args), default=0) if primitive not in FLAT else 0
     return result
+
+
+def _with_reach(lifted: Value, value: Value) -> Value:
+    """The same entries, repeated or not, have the same interval."""
+    if lifted is not value:
+        lifted.reach = reach_of(value)
+    return lifted
 
 
 def _linear_slopes(parts: Iterable[tuple[Value, list[Term]]]) -> dict[Node, list[Term]]:
@@ -140,6 +154,25 @@ def _keep_mask(op: Op, args: Sequence[Value], result: Value) -> None:
                 result.terms = next(b for b in args if b is not a).terms
     if seen:
         result.visible = functools.reduce(np.logical_and, seen)
+
+
+def _of_masked(env: Environment, op: Op, args: Sequence[Value], result: Value) -> Value | None:
+    """A function of masked scores: its value at minus infinity where they are masked; None where that is not finite."""
+    hidden = [k for k, a in enumerate(args) if a.visible is not None]
+    if len(hidden) != 1 or any(a.number is None for k, a in enumerate(args) if k not in hidden):
+        return None
+    casts = [env.program.dtype(v) for v in op.inputs]
+    numbers = [jnp.asarray(-math.inf if k in hidden else a.number, d) for k, (a, d) in enumerate(zip(args, casts, strict=True))]
+    far = float(np.asarray(running.bind(op, numbers)[0], np.float64))
+    mask = args[hidden[0]].visible
+    if not math.isfinite(far) or mask is None:
+        return None
+    rank = len(result.shape)
+    seen = known(result.shape, mask.reshape((1,) * (rank - mask.ndim) + mask.shape).astype(np.float32), profile=True).terms
+    terms = merged([*times(result.terms, seen), *scaled([*unit(rank), *scaled(seen, -1.0)], far)])
+    return dataclasses.replace(
+        result, terms=terms, slopes={node: times(slope, seen) for node, slope in result.slopes.items()}
+    )
 
 
 def _cuts(old: Any, new: Any) -> bool:
@@ -202,6 +235,8 @@ def _function(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
     formulas = [_formula(a) for a in args]
     terms = function_of(common, quadrature.of_op(op, formulas, casts))
     _check_finite(op, terms, shape)
+    if op.primitive in _EXPONENTIAL:
+        args[0].notes |= _check_tail(op, args[0], terms, shape)
     parts = []
     if op.primitive not in FLAT:
         for k, a in enumerate(args):
@@ -224,6 +259,28 @@ def _check_finite(op: Op, terms: Sequence[Term], shape: tuple[int, ...]) -> None
         finite = same(second, len(shape)).mean() < _POLE * np.square(drawn_at(terms, drawn)).mean()
     if not finite:
         raise NoRule(f"`{op.name}` of a value that, as far as its distribution is known, reaches where it is infinite")
+
+
+def _check_tail(op: Op, value: Value, terms: Sequence[Term], shape: tuple[int, ...]) -> set[str]:
+    """The second moment of an exponential lies in the tail, which the value may not have; what to know about it.
+
+    Of a value that depends on itself in ways that are not known, or that has bounds, the tail is checked.
+    """
+    second = float(same(second_of(terms, len(shape), shape), len(shape)).mean())
+    sources = sorted({s for _, f in value.terms for s in f}, key=lambda s: s.number)
+    x, y = (drawn_at(t, draws(sources)) for t in (value.terms, terms))
+    low, high = reach_of(value)
+    if math.isfinite(high):
+        squares = np.square(y)
+        beyond = x > high + 1e-6 * max(float(np.abs(x).max()), 1e-30)
+        outside = squares[beyond].sum() / max(squares.sum(), 1e-300)
+        if outside > _BEYOND or second > (1 + _BEYOND) * math.exp(2 * min(high, 300.0)):
+            raise NoRule(f"`{op.name}` of a value that is at most {high:.3g}, which its distribution, as far as it is known, exceeds")
+    heavy = not second < _POLE * np.square(y).mean()
+    if heavy and (value.notes or any(s.assumed for s in sources)):
+        raise NoRule(f"`{op.name}` of a value that is only known approximately, and whose tail is all that counts")
+    found = {TAIL} if heavy else set()
+    return found | ({ONE_SIGN} if any(s.assumed for s in sources) else set())
 
 
 def _gate(args: Sequence[Value]) -> Source | None:

@@ -18,10 +18,11 @@ import numpy as np
 from fixup_init import jaxprs, quadrature, running
 from fixup_init.jaxprs import p
 from fixup_init.moments import complex_numbers, random_bits
+from fixup_init.moments.bounds import Bounds, stacked
 from fixup_init.moments.elementwise import elementwise
 from fixup_init.moments.environment import MOST, Environment, NoRule
 from fixup_init.moments.rules import RULES, rule_of
-from fixup_init.moments.values import Node, Value, known, unit, unknown
+from fixup_init.moments.values import ANYWHERE, Node, Reach, Value, known, unit, unknown
 from fixup_init.program import CARRY_IN, CHOOSE, STACK_OUT, Marker, Op, Program
 
 # Operations that say the same of an array as of one that only repeats it.
@@ -45,6 +46,7 @@ class Interpreter(Environment):
         self.tapped: dict[tuple[int, tuple[int, ...]], tuple[Node | None, Value]] = {}
         self.instead: dict[int, Callable[[Op], list[Value]]] = {}  # by id of an operation: what to do with it
         self.is_activation: Callable[[int], bool] = lambda value: False
+        self.bounds = Bounds(program)
         self.strict = False  # whether a rule that fails raises
 
     def run(self, ops: Sequence[Op], level: int = 0) -> None:
@@ -91,21 +93,34 @@ class Interpreter(Environment):
 
     def one(self, op: Op) -> None:
         """Evaluates an operation, and records why its results are not known where no rule covers it."""
-        handler = self.instead.get(id(op))
+        results = self.attempt(op, self.instead.get(id(op)))
+        reach = self.reach(op)
+        for v, value in zip(op.outputs, results, strict=True):
+            value.reach = reach
+            self.values[v] = value
+        self.tap(op)
+
+    def attempt(self, op: Op, handler: Callable[[Op], list[Value]] | None = None) -> list[Value]:
+        """The results of an operation, unknown where no rule covers it."""
         try:
             with np.errstate(all="ignore"):
-                results = handler(op) if handler is not None else self.apply(op)
+                return handler(op) if handler is not None else self.apply(op)
         except NoRule as none:
-            results = [unknown(self.program.shape(v), f"unknown: {none}") for v in op.outputs]
+            return [unknown(self.program.shape(v), f"unknown: {none}") for v in op.outputs]
         except (ValueError, IndexError, TypeError, KeyError, AssertionError, ArithmeticError) as error:
             if self.strict:
                 raise
             del error  # a form of the operation that its rule does not foresee
             why = f"unknown: no rule for this use of `{op.name}`"
-            results = [unknown(self.program.shape(v), why) for v in op.outputs]
-        for v, value in zip(op.outputs, results, strict=True):
-            self.values[v] = value
-        self.tap(op)
+            return [unknown(self.program.shape(v), why) for v in op.outputs]
+
+    def reach(self, op: Op) -> Reach:
+        """What the results of an operation can be."""
+        if op.primitive is STACK_OUT:
+            return stacked(op, self.stacks.get(op.inputs[0], [self.read(op.inputs[0])]))
+        if op.primitive is CHOOSE:
+            return ANYWHERE
+        return self.bounds.of(op, [self.read(v) for v in op.inputs], self.read)
 
     def tap(self, op: Op) -> None:
         """Keeps the results that are tapped, with their nodes."""

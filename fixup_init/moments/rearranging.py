@@ -54,7 +54,7 @@ def moved(env: Environment, value: Value, move: Move) -> Value:
         if move.key not in source.images:
             second = settled(move.beside(move.lattice(source.second), source.mean), move.shape)
             new = Source(move.shape, move.profile(source.mean), second, source.quantile, source.relatives)
-            new.picks = source.picks
+            new.picks, new.assumed = source.picks, source.assumed
             if source.sum_of is not None and move.where is not None:
                 whole, axes, where = source.sum_of
                 new.sum_of = whole, axes, move.where(where)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from fixup_init.moments.lattice import PROFILE, Lattice, Profile, settled
 from fixup_init.quadrature import Formula, Quantile, X
 
 numbers = itertools.count()
+
+Reach = tuple[float, float]  # the smallest and the largest that an entry can be
+ANYWHERE: Reach = (-math.inf, math.inf)
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,6 +35,7 @@ class Source:
     sum_of: tuple[Source, tuple[int, ...], tuple[int, ...]] | None = None  # source, axes summed, where others went
     picks: tuple[Source, Source, int] | None = None  # where it says which is largest: of what, that one, the axis
     truth: bool = False  # whether it is 0 or 1, so that its square is itself
+    assumed: bool = False  # whether only moments and a sign of it are known, and the distribution is taken to fit
     counts: tuple[Source, Source] | None = None  # of a cumulative sum: of what, and the sum without the last one
     number: int = dataclasses.field(default_factory=lambda: next(numbers))
     images: dict[Any, Source] = dataclasses.field(default_factory=dict)
@@ -99,6 +104,7 @@ class Value:
     visible: np.ndarray | None = None  # truth values that broadcast to it: False where a softmax shall give 0
     rows: int = 0  # of whole numbers below this that are equally likely
     bits: bool = False  # random bits
+    reach: Reach = ANYWHERE
     imaginary: Value | None = None  # part of a complex value, whose real part this is
 
     @property
