@@ -131,6 +131,8 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
             notes = {NOT_RUN}
         elif value.unknown:
             notes = {value.unknown}
+        elif value.tail:
+            notes = {f"unknown: {value.tail}"}
         else:
             spread = spreads[node].deviation if node in spreads else math.nan
             with np.errstate(all="ignore"):

@@ -46,7 +46,7 @@ _SINGULAR = frozenset({
 _POLE = 1e3  # times the mean square of samples
 _EXPONENTIAL = frozenset({p.exp_p, p.exp2_p})
 _BEYOND = 0.03  # of a second moment: what may come from values that are out of reach
-TAIL = "approximate: an exponential whose second moment lies in a tail that is hardly ever drawn"
+_TAIL = 1e3  # times the mean square of samples: what is never drawn
 ONE_SIGN = "approximate: sums of values of one sign, taken as log-normal"
 _GRID = 96  # points for each of two values
 _ORDER = 24  # of their Hermite expansion
@@ -125,7 +125,8 @@ def _linear_slopes(parts: Iterable[tuple[Value, list[Term]]]) -> dict[Node, list
 
 def _result(shape: tuple[int, ...], terms: list[Term], args: Sequence[Value], slopes: dict[Node, list[Term]]) -> Value:
     """A value with the notes of those that it was made of."""
-    return Value(shape, terms, slopes, notes=frozenset().union(*(a.notes for a in args)))
+    tail = next((a.tail for a in args if a.tail), "")
+    return Value(shape, terms, slopes, notes=frozenset().union(*(a.notes for a in args)), tail=tail)
 
 
 def _lifted(env: Environment, value: Value, shape: tuple[int, ...]) -> Value:
@@ -235,14 +236,19 @@ def _function(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
     formulas = [_formula(a) for a in args]
     terms = function_of(common, quadrature.of_op(op, formulas, casts))
     _check_finite(op, terms, shape)
+    notes, tail = set[str](), ""
     if op.primitive in _EXPONENTIAL:
-        args[0].notes |= _check_tail(op, args[0], terms, shape)
+        _check_bounds(op, args[0], terms, shape)
+        notes = {ONE_SIGN} if common.assumed else notes
+    if op.primitive in _EXPONENTIAL or any(a.tail for a in args):
+        tail = _tail(op, args[0], terms, shape)
     parts = []
     if op.primitive not in FLAT:
         for k, a in enumerate(args):
             if a.slopes and jnp.issubdtype(casts[k], jnp.floating):
                 parts.append((a, function_of(common, quadrature.slope(op, formulas, casts, k))))
-    return _result(shape, terms, args, _linear_slopes(parts))
+    result = _result(shape, terms, args, _linear_slopes(parts))
+    return dataclasses.replace(result, notes=result.notes | notes, tail=tail)
 
 
 def _check_finite(op: Op, terms: Sequence[Term], shape: tuple[int, ...]) -> None:
@@ -261,26 +267,34 @@ def _check_finite(op: Op, terms: Sequence[Term], shape: tuple[int, ...]) -> None
         raise NoRule(f"`{op.name}` of a value that, as far as its distribution is known, reaches where it is infinite")
 
 
-def _check_tail(op: Op, value: Value, terms: Sequence[Term], shape: tuple[int, ...]) -> set[str]:
-    """The second moment of an exponential lies in the tail, which the value may not have; what to know about it.
-
-    Of a value that depends on itself in ways that are not known, or that has bounds, the tail is checked.
-    """
+def _check_bounds(op: Op, value: Value, terms: Sequence[Term], shape: tuple[int, ...]) -> None:
+    """An exponential of a value with an upper bound does not come from above it."""
+    high = reach_of(value)[1]
+    if not math.isfinite(high):
+        return
     second = float(same(second_of(terms, len(shape), shape), len(shape)).mean())
-    sources = sorted({s for _, f in value.terms for s in f}, key=lambda s: s.number)
-    x, y = (drawn_at(t, draws(sources)) for t in (value.terms, terms))
-    low, high = reach_of(value)
-    if math.isfinite(high):
-        squares = np.square(y)
-        beyond = x > high + 1e-6 * max(float(np.abs(x).max()), 1e-30)
-        outside = squares[beyond].sum() / max(squares.sum(), 1e-300)
-        if outside > _BEYOND or second > (1 + _BEYOND) * math.exp(2 * min(high, 300.0)):
-            raise NoRule(f"`{op.name}` of a value that is at most {high:.3g}, which its distribution, as far as it is known, exceeds")
-    heavy = not second < _POLE * np.square(y).mean()
-    if heavy and (value.notes or any(s.assumed for s in sources)):
-        raise NoRule(f"`{op.name}` of a value that is only known approximately, and whose tail is all that counts")
-    found = {TAIL} if heavy else set()
-    return found | ({ONE_SIGN} if any(s.assumed for s in sources) else set())
+    drawn = draws(_sources(value.terms))
+    x, squares = drawn_at(value.terms, drawn), np.square(drawn_at(terms, drawn))
+    beyond = x > high + 1e-6 * max(float(np.abs(x).max()), 1e-30)
+    outside = squares[beyond].sum() / max(squares.sum(), 1e-300)
+    if outside > _BEYOND or second > (1 + _BEYOND) * math.exp(2 * min(high, 300.0)):
+        raise NoRule(
+            f"`{op.name}` of a value that is at most {high:.3g}, which its distribution, as far as it is known, exceeds"
+        )
+
+
+def _tail(op: Op, value: Value, terms: Sequence[Term], shape: tuple[int, ...]) -> str:
+    """Why moments of a function of a value are not known, though the function is: all lies in a tail never drawn."""
+    second = float(same(second_of(terms, len(shape), shape), len(shape)).mean())
+    if second < _TAIL * np.square(drawn_at(terms, draws(_sources(terms)))).mean():
+        return ""
+    if value.notes or any(s.assumed for s in _sources(value.terms)):
+        return f"`{op.name}` of a value that is only known approximately, and whose tail is all that counts"
+    return f"`{op.name}` of so wide a value that its moments lie in a tail that is never drawn"
+
+
+def _sources(terms: Sequence[Term]) -> list[Source]:
+    return sorted({s for _, f in terms for s in f}, key=lambda s: s.number)
 
 
 def _gate(args: Sequence[Value]) -> Source | None:

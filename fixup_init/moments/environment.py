@@ -86,6 +86,8 @@ class Environment:
         """Makes a value one source, in place; None where it is a constant."""
         if value.is_constant:
             return None
+        if value.tail:
+            raise NoRule(value.tail)
         if (found := sole_source(value.terms)) is not None:
             return found
         if are_dependent(value.terms):

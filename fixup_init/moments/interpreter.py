@@ -177,6 +177,9 @@ class Interpreter(Environment):
         bad = next((a for a in args if a.unknown), None) if primitive is not CHOOSE else args[-1]
         if bad is not None and bad.unknown:
             return [unknown(s, bad.unknown) for s in shapes]
+        tail = next((a.tail for a in args if a.tail), "") if rule is not elementwise else ""
+        if tail:
+            raise NoRule(tail)
         if rule is None:
             raise NoRule(f"no rule for `{op.name}`")
         results = rule(self, op, args)

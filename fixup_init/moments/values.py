@@ -105,6 +105,7 @@ class Value:
     rows: int = 0  # of whole numbers below this that are equally likely
     bits: bool = False  # random bits
     reach: Reach = ANYWHERE
+    tail: str = ""  # why its moments are not known, though it is a known function of its sources
     imaginary: Value | None = None  # part of a complex value, whose real part this is
 
     @property
