@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -151,7 +151,7 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
                     part = _statistics(np.zeros(()), cotangents[other].lattice, other.shape, channels[tap.value])
                     backward = _mean(backward, part)
                 backward = dataclasses.replace(backward, spread=cotangent.spread)
-                notes |= {note for note, share in cotangent.notes.items() if share > 0.5}
+                notes |= {_of_gradient(note, notes) for note, share in cotangent.notes.items() if share > 0.5}
                 if not math.isfinite(backward.variance):
                     backward = None
                     notes.add("backward unknown: a rule was not found on the way")
@@ -204,6 +204,11 @@ def _broken(traced: Traced, interpreter: Interpreter, before: set[int]) -> dict[
             for above in ancestors(graph, [node]) or ():
                 found.setdefault(above, value.unknown)
     return found
+
+
+def _of_gradient(note: str, forward: Set[str]) -> str:
+    """A note on a gradient, which says so where it does not hold for the value too."""
+    return note if note in forward or note.startswith("gradient") else f"gradient {note}"
 
 
 def _forward(value: Value, channel: int) -> Statistics:

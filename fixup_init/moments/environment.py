@@ -14,9 +14,11 @@ from fixup_init.moments.distributions import distribution
 from fixup_init.moments.lattice import Lattice
 from fixup_init.moments.polynomials import DEPENDENT, are_dependent, kin_of, moments_of
 from fixup_init.moments.values import (
+    Forward,
     Layer,
     Node,
     Source,
+    Term,
     Value,
     Way,
     function_of,
@@ -77,7 +79,7 @@ class Environment:
             ((node, terms),) = value.slopes.items()
             if is_unit(terms):
                 return node
-        inputs = [Way(node, slope=terms) for node, terms in value.slopes.items()]
+        inputs = [Way(node, slope=terms, notes=bent_by(value, terms)) for node, terms in value.slopes.items()]
         made = Node(next(self.nodes), value.shape, inputs, list(value.terms))
         value.slopes = {made: unit(value.rank)}
         return made
@@ -102,7 +104,7 @@ class Environment:
 
     def made(
         self, source: Source, inputs: Sequence[tuple[Value, Callable[[Lattice], Lattice]]], notes: Iterable[str] = (),
-        keeps: bool = False, back_note: str = "", layer: Layer | None = None,
+        keeps: bool = False, back_notes: Iterable[str] | None = None, layer: Layer | None = None,
     ) -> Value:  # fmt: skip
         """A value that is a source of its own, with the way of cotangents back to what it was made of.
 
@@ -111,14 +113,14 @@ class Environment:
           inputs: what it was made of, and how a cotangent goes back to each.
           notes: what to know about the value.
           keeps: whether entries are only moved.
-          back_note: what to know about cotangents that come this way.
+          back_notes: what to know about cotangents that come this way; the same if nothing else is said.
           layer: the random weights that made it, if they did.
         """
         value = of_source(source)
-        value.notes = frozenset(notes).union(*(v.notes for v, _ in inputs))
-        back = [
-            Way(node, pull, keeps=keeps, note=back_note) for v, pull in inputs if (node := self.node(v)) is not None
-        ]
+        notes = frozenset(notes)
+        value.notes = notes.union(*(v.notes for v, _ in inputs))
+        behind = of_gradients(notes if back_notes is None else back_notes)
+        back = [Way(node, pull, keeps=keeps, notes=behind) for v, pull in inputs if (node := self.node(v)) is not None]
         if back:
             node = Node(next(self.nodes), source.shape, back, list(value.terms), layer=layer)
             value.slopes = {node: unit(value.rank)}
@@ -129,6 +131,16 @@ class Environment:
     def weights(self, op: Op) -> tuple[bool, ...]:
         """Which arguments of an operation are random weights."""
         return tuple(self.is_weight(v) for v in op.inputs)
+
+
+def of_gradients(notes: Iterable[str]) -> frozenset[str]:
+    """Notes but for those that say nothing of gradients."""
+    return frozenset(note for note in notes if not isinstance(note, Forward))
+
+
+def bent_by(value: Value, slope: Sequence[Term]) -> frozenset[str]:
+    """What to know about cotangents that are multiplied by a slope: all about the value, where the slope depends on it."""
+    return of_gradients(value.notes) if any(factors for _, factors in slope) else frozenset()
 
 
 Rule = Callable[[Environment, Op, list[Value]], Value | list[Value]]

@@ -20,9 +20,9 @@ from fixup_init.jaxprs import p
 from fixup_init.moments import complex_numbers, random_bits
 from fixup_init.moments.bounds import Bounds, stacked
 from fixup_init.moments.elementwise import elementwise
-from fixup_init.moments.environment import MOST, Environment, NoRule
+from fixup_init.moments.environment import MOST, Environment, NoRule, bent_by
 from fixup_init.moments.rules import RULES, rule_of
-from fixup_init.moments.values import ANYWHERE, Node, Reach, Value, known, unit, unknown
+from fixup_init.moments.values import ANYWHERE, Node, Reach, Value, Way, known, unit, unknown
 from fixup_init.program import CARRY_IN, CHOOSE, STACK_OUT, Marker, Op, Program
 
 # Operations that say the same of an array as of one that only repeats it.
@@ -130,10 +130,20 @@ class Interpreter(Environment):
                 if not value.unknown and not value.slopes and self.is_activation(v):  # behind whole numbers
                     root = Node(next(self.nodes), value.shape, [], list(value.terms))
                     value.slopes = {root: unit(value.rank)}
-                node = None if value.unknown else self.node(value)
+                node = None if value.unknown else self.meter(value)
                 if value.imaginary is not None:
                     self.node(value.imaginary)
                 self.tapped[v, self.at] = (node, dataclasses.replace(value, terms=list(value.terms)))
+
+    def meter(self, value: Value) -> Node | None:
+        """A node that shows the cotangent of a value, whose slopes stay as they are: functions of it compose with it."""
+        straight = all(not factors for terms in value.slopes.values() for _, factors in terms)
+        if straight or value.imaginary is not None:
+            return self.node(value)
+        ways = [Way(node, slope=terms, notes=bent_by(value, terms)) for node, terms in value.slopes.items()]
+        made = Node(next(self.nodes), value.shape, ways, list(value.terms), meter=True)
+        value.slopes = {**value.slopes, made: unit(value.rank)}
+        return made
 
     def apply(self, op: Op) -> list[Value]:
         """The results of an operation, by its rule."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import distribution
+from fixup_init.moments.environment import of_gradients
 from fixup_init.moments.interpreter import Interpreter
 from fixup_init.moments.lattice import Lattice, projected, same, settled
 from fixup_init.moments.polynomials import is_linear, kin_of, mean_of, moments_of
@@ -24,6 +25,7 @@ _REDUCING = frozenset({
     p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.reduce_window_sum_p, p.dot_general_p, p.psum_p,
 })  # fmt: skip
 FEW = "gradient approximate: a variance over few or dependent entries, near zero in groups whose gradients dominate"
+EXTREMES = "gradient approximate: what comes by the largest and smallest entries, which divide the others, is left out"
 _FREEDOM = 5.0  # degrees of freedom of a variance; below, the mean of 1/s^2 has a variance that is not finite
 _SMALL = 1e-3  # of the second moment: a change that is left out, so that a source stays the one it was
 
@@ -58,6 +60,7 @@ class Normalization:
     ) -> None:  # fmt: skip
         self.source, self.along, self.size, self.first = source, axes, size, ops[0]
         self.grouped, self.axes, self.centred = _groups(source, axes, size, ops, shape_of)
+        self.extremes = any(op.primitive in (p.reduce_max_p, p.reduce_min_p) for op in ops)
         self.alias: Value | None = None
         self.statistics: set[int] = set()
         self.region: set[int] = set()
@@ -112,9 +115,11 @@ class Normalization:
                 pulled = spectrum.pulled(reshaped(l, self.size, self.grouped))
                 return settled(reshaped(pulled, self.grouped, self.size), self.size)
 
-            few = FEW if spectrum.freedom < _FREEDOM else ""
+            few = {FEW} if spectrum.freedom < _FREEDOM else set[str]()
+            if self.extremes:
+                few.add(EXTREMES)
             onward = functools.partial(back, wide) if fan else None
-            way = Way(node, functools.partial(back, spectrum), note=few, ends=True, onward=onward)
+            way = Way(node, functools.partial(back, spectrum), notes=few | of_gradients(value.notes), ends=True, onward=onward)
             made = Node(next(env.nodes), self.size, [way], list(alias.terms))
             alias.slopes = {made: unit(len(self.size))}
         return alias

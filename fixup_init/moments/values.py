@@ -47,6 +47,10 @@ class Source:
         return self.kin | {self.number}
 
 
+class Forward(str):
+    """A note that says nothing of gradients."""
+
+
 Factors = dict[Source, Formula]  # a function of each source
 Term = tuple[Profile, Factors]  # a coefficient times the product of them
 
@@ -71,6 +75,12 @@ class Node:
     terms: list[Term] = dataclasses.field(default_factory=list)  # the value, when the node was made
     source: Source | None = None  # that the value became since
     layer: Layer | None = None  # random weights that made it
+    meter: bool = False  # whether it only shows the cotangent that comes to it: what made it gets its own beside
+
+    @property
+    def ways(self) -> list[Way]:
+        """Those on which cotangents go on."""
+        return [way for way in self.inputs if not way.node.meter]
 
     @property
     def is_elementwise(self) -> bool:
@@ -86,7 +96,7 @@ class Way:
     pull: Callable[[Lattice], Lattice] | None = None
     slope: Sequence[Term] = ()
     keeps: bool = False  # whether entries are only moved
-    note: str = ""  # what to know about a cotangent that comes by it
+    notes: frozenset[str] = frozenset()  # what to know about a cotangent that comes by it
     ends: bool = False  # whether a normalization takes the size of the value away
     onward: Callable[[Lattice], Lattice] | None = None  # in place of `pull`, for what random weights behind it meet
 
