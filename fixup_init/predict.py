@@ -99,6 +99,7 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
     interpreter.is_weight = graph.is_parameter
     interpreter.is_activation = graph.is_activation
     interpreter.values.update(parameters)
+    interpreter.paths = _paths(graph, parameters)
     interpreter.values.update(_data(traced, interpreter.rows))
     _install(traced, interpreter)
     for v in graph.inputs:
@@ -126,7 +127,7 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
             (tap.value, at), (None, moments.unknown((), "unknown: it was not reached"))
         )
         forward = backward = None
-        notes = set(value.notes)
+        notes = {note for note in value.notes if not isinstance(note, moments.Trait)}
         if not ran:
             notes = {NOT_RUN}
         elif value.unknown:
@@ -279,6 +280,15 @@ def _leaves(traced: Traced, planned: Plan) -> dict[int, Value]:
     for v, leaf in graph.leaves.items():
         if leaf.kind == "noise":
             found[v] = moments.known(leaf.shape, np.zeros((1,) * len(leaf.shape)))
+    return found
+
+
+def _paths(graph: Graph, parameters: Mapping[int, Value]) -> dict[int, str]:
+    """Of every source that a parameter is made of, which parameter."""
+    found = {}
+    for v, value in parameters.items():
+        for s in {s for _, factors in value.terms for s in factors}:
+            found.setdefault(s.number, graph.leaves[v].path)
     return found
 
 

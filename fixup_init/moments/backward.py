@@ -95,11 +95,14 @@ def _pulled(node: Node, own: Cotangent, way: Way) -> Cotangent:
 
 def _origins(node: Node, own: Cotangent, way: Way) -> frozenset[tuple[int, int]]:
     """What is left of a cotangent's origins: all where entries are only scaled or moved, else it is a new one."""
-    if way.pull is None:
+    new = frozenset({(node.number, node.inputs.index(way))})
+    if way.apart:
+        return new
+    if way.pull is None or way.aligned or (way.keeps and math.prod(node.shape) == math.prod(way.node.shape)):
         return own.origins or frozenset({(node.number, -1)})
-    if way.keeps and math.prod(node.shape) == math.prod(way.node.shape):
-        return own.origins
-    return frozenset({(node.number, node.inputs.index(way))})
+    if node.layer and node.layer.weights:  # the same weights take the same cotangent to the same
+        return frozenset({(hash((node.layer.weights, own.origins or node.number)), -1)})
+    return new
 
 
 def _again(parts: Sequence[Cotangent], weights: Sequence[float]) -> dict[str, float]:

@@ -105,7 +105,9 @@ def conv(env: Environment, op: Op, args: list[Value]) -> Value:
 
     layer = None
     if env.weights(op)[1]:
-        layer = Layer(kernel.shape[k_spec[0]], (o_spec[1],), n, n * math.prod(w.taps for w in windows))
+        layer = Layer(kernel.shape[k_spec[0]], (o_spec[1],), n, n * math.prod(w.taps for w in windows),
+                      kin_of(kernel.terms))  # fmt: skip
+        source.uses = frozenset((w, id(op)) for w in layer.weights)
     return env.made(source, [(value, back), (kernel, to_kernel)], layer=layer)
 
 

@@ -25,11 +25,11 @@ from fixup_init.moments.combining import combined, complement
 from fixup_init.moments.distributions import drawn_at, draws
 from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.lattice import same, settled
-from fixup_init.moments.polynomials import DEPENDENT, are_dependent, merged, scaled, second_of, times
+from fixup_init.moments.polynomials import ALIKE, DEPENDENT, are_dependent, merged, resemble, scaled, second_of, times
 from fixup_init.moments.random_bits import of_bits
 from fixup_init.moments.rearranging import broadcasted
 from fixup_init.moments.shares import shares
-from fixup_init.moments.values import Node, Source, Term, Value, function_of, is_unit, known, unit
+from fixup_init.moments.values import Node, Source, Term, Trait, Value, function_of, is_unit, known, unit
 from fixup_init.program import IDENTITY, Op
 from fixup_init.quadrature import FLAT, Formula, Quantile, X
 
@@ -80,6 +80,7 @@ def elementwise(env: Environment, op: Op, args: list[Value]) -> Value:
         terms = merged([*args[0].terms, *scaled(args[1].terms, sign)])
         slopes = _linear_slopes([(args[0], one), (args[1], scaled(one, sign))])
         result = _result(shape, terms, args, slopes)
+        result.notes |= env.shared(args) | ({ALIKE} if resemble(args[0].terms, args[1].terms) else set())
     elif primitive is p.neg_p:
         slopes = _linear_slopes([(args[0], scaled(one, -1.0))])
         result = _result(shape, scaled(args[0].terms, -1.0), args, slopes)
@@ -189,6 +190,7 @@ def _product(env: Environment, shape: tuple[int, ...], args: Sequence[Value]) ->
     terms = whole_numbers.with_picked(times(left.terms, right.terms))
     slopes = _linear_slopes([(left, list(right.terms)), (right, list(left.terms))])
     result = _result(shape, terms, args, slopes)
+    result.notes |= env.shared(args)
     if any(len(f) > 1 for _, f in terms) and are_dependent(terms):
         result.notes |= {DEPENDENT}
     return result
@@ -288,7 +290,7 @@ def _tail(op: Op, value: Value, terms: Sequence[Term], shape: tuple[int, ...]) -
     second = float(same(second_of(terms, len(shape), shape), len(shape)).mean())
     if second < _TAIL * np.square(drawn_at(terms, draws(_sources(terms)))).mean():
         return ""
-    if value.notes or any(s.assumed for s in _sources(value.terms)):
+    if any(not isinstance(n, Trait) for n in value.notes) or any(s.assumed for s in _sources(value.terms)):
         return f"`{op.name}` of a value that is only known approximately, and whose tail is all that counts"
     return f"`{op.name}` of so wide a value that its moments lie in a tail that is never drawn"
 

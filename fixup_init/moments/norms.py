@@ -17,7 +17,7 @@ from fixup_init.moments.lattice import Lattice, projected, same, settled
 from fixup_init.moments.polynomials import is_linear, kin_of, mean_of, moments_of
 from fixup_init.moments.reshaping import reshaped
 from fixup_init.moments.spectrum import Spectrum
-from fixup_init.moments.values import Node, Source, Value, Way, known, of_source, unit, unknown
+from fixup_init.moments.values import Node, Source, Value, Way, known, of_source, sole_source, unit, unknown
 from fixup_init.program import Op
 from fixup_init.quadrature import X
 
@@ -105,7 +105,9 @@ class Normalization:
         more = spectrum.normalized(lattice) - lattice
         if np.abs(more).max() > _SMALL * same(lattice, len(self.grouped)).mean():
             second = settled(source.second + reshaped(more, self.grouped, self.size), self.size)
-            source = Source(self.size, source.mean, second, source.quantile, source.relatives)
+            raw = source
+            source = Source(self.size, raw.mean, second, raw.quantile, raw.relatives, alike=(raw, (second + raw.second) / 2))
+            source.linear_in, source.uses = raw.likes, raw.uses
         alias = of_source(source)
         alias.notes = value.notes
         if node is not None:
@@ -119,8 +121,8 @@ class Normalization:
             if self.extremes:
                 few.add(EXTREMES)
             onward = functools.partial(back, wide) if fan else None
-            way = Way(node, functools.partial(back, spectrum), notes=few | of_gradients(value.notes), ends=True, onward=onward)
-            made = Node(next(env.nodes), self.size, [way], list(alias.terms))
+            way = Way(node, functools.partial(back, spectrum), notes=few | of_gradients(value.notes), ends=True, onward=onward, aligned=True)
+            made = Node(next(env.nodes), self.size, [way], list(alias.terms), copy_of=(node, np.ones(())))
             alias.slopes = {made: unit(len(self.size))}
         return alias
 
@@ -161,7 +163,16 @@ class Normalization:
 
         source = Source(shape, m - n if m.any() else m * 0.0, project(second), distribution(value.terms),
                         kin_of(value.terms))  # fmt: skip
-        return env.made(source, [(value, project)])
+        whole = sole_source(value.terms)
+        if whole is not None:
+            source.linear_in, source.uses = whole.likes, whole.uses
+            raw = whole.alike[0] if whole.alike is not None else whole
+            source.alike = (raw, source.second) if raw.shape == shape else None
+        made = env.made(source, [(value, project)])
+        for node in made.slopes:
+            node.inputs = [dataclasses.replace(way, aligned=True) for way in node.inputs]
+            node.copy_of = node.inputs[0].node.copy_of
+        return made
 
 
 def _groups(
