@@ -372,7 +372,7 @@ def _vanishing(graph: Graph, op: Op) -> tuple[int, float] | None:
         return None
     made: list[Op] = []
     todo = {op.outputs[0]}
-    while len(made) < _LONGEST:
+    while todo and len(made) < _LONGEST:
         value = max(todo)
         step = graph.program.ops[graph.maker[value]] if value in graph.maker else None
         if step is None or not quadrature.is_elementwise(step.primitive) or len(step.outputs) > 1:

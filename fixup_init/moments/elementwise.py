@@ -29,7 +29,7 @@ from fixup_init.moments.polynomials import ALIKE, DEPENDENT, are_dependent, merg
 from fixup_init.moments.random_bits import of_bits
 from fixup_init.moments.rearranging import broadcasted
 from fixup_init.moments.shares import shares
-from fixup_init.moments.values import Node, Source, Term, Trait, Value, function_of, is_unit, known, unit
+from fixup_init.moments.values import Node, Source, Term, Trait, Value, function_of, known, unit
 from fixup_init.program import IDENTITY, Op
 from fixup_init.quadrature import FLAT, Formula, Quantile, X
 
@@ -342,16 +342,16 @@ def _by_rule(env: Environment, call: Op, result: Value) -> None:
     outer = [env.read(v) for v in call.inputs]
     moving = [k for k, a in enumerate(outer) if a.slopes]
     common = _common(outer)
-    if common is None or len(moving) != 1 or len(outer[moving[0]].slopes) != len(result.slopes):
+    if common is None or len(moving) != 1 or outer[moving[0]].slopes.keys() != result.slopes.keys():
         return
     (k,) = moving
-    ((node, before), *more), (_, after) = outer[k].slopes.items(), next(iter(result.slopes.items()))
-    if more or not is_unit(before) or any(c.size > 1 for c, _ in after) or any(set(f) - {common} for _, f in after):
+    terms = [t for slopes in (outer[k].slopes, result.slopes) for terms in slopes.values() for t in terms]
+    if any(c.size > 1 or set(f) - {common} for c, f in terms):
         return
     avals = [env.program.avals[v] for v in call.inputs]
     ruled = quadrature.slope_by_rule(call, [_formula(a) for a in outer], avals, k)
     if ruled is not None:
-        result.slopes = {node: function_of(common, ruled)}
+        result.slopes = _linear_slopes([(outer[k], function_of(common, ruled))])
 
 
 def _quotient(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...]) -> Value:

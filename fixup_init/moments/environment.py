@@ -114,7 +114,7 @@ class Environment:
 
     def made(
         self, source: Source, inputs: Sequence[tuple[Value, Callable[[Lattice], Lattice]]], notes: Iterable[str] = (),
-        keeps: bool = False, back_notes: Iterable[str] | None = None, layer: Layer | None = None,
+        keeps: bool = False, aligned: bool = False, back_notes: Iterable[str] | None = None, layer: Layer | None = None,
     ) -> Value:  # fmt: skip
         """A value that is a source of its own, with the way of cotangents back to what it was made of.
 
@@ -123,6 +123,7 @@ class Environment:
           inputs: what it was made of, and how a cotangent goes back to each.
           notes: what to know about the value.
           keeps: whether entries are only moved.
+          aligned: whether an entry is mostly the same entry of what it was made of.
           back_notes: what to know about cotangents that come this way; the same if nothing else is said.
           layer: the random weights that made it, if they did.
         """
@@ -132,7 +133,8 @@ class Environment:
         notes = frozenset(notes)
         value.notes = notes.union(*(v.notes for v, _ in inputs))
         behind = of_gradients(notes if back_notes is None else back_notes)
-        back = [Way(node, pull, keeps=keeps, notes=behind) for v, pull in inputs if (node := self.node(v)) is not None]
+        nodes = [(self.node(v), pull) for v, pull in inputs]
+        back = [Way(n, pull, keeps=keeps, notes=behind, aligned=aligned) for n, pull in nodes if n is not None]
         if back:
             node = Node(next(self.nodes), source.shape, back, list(value.terms), layer=layer)
             value.slopes = {node: unit(value.rank)}

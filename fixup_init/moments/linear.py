@@ -14,7 +14,7 @@ import numpy as np
 from fixup_init.moments.distributions import of_signed_sum
 from fixup_init.moments.environment import Environment
 from fixup_init.moments.lattice import Lattice, Profile, joined, of_pairs, parted, same, settled
-from fixup_init.moments.polynomials import kin_of, moments_of
+from fixup_init.moments.polynomials import kin_of, likes_of, moments_of
 from fixup_init.moments.values import Source, Value
 
 
@@ -88,4 +88,6 @@ def linear(env: Environment, value: Value, axis: int, matrix: Matrix) -> Value:
     def back(l: Lattice) -> Lattice:
         return settled(matrix.transposed.lattice(l, axis), value.shape)
 
-    return env.made(source, [(value, back)])
+    aligned = shape == value.shape
+    source.linear_in = likes_of(value.terms) if aligned else source.linear_in
+    return env.made(source, [(value, back)], aligned=aligned)

@@ -168,9 +168,8 @@ class Normalization:
             source.linear_in, source.uses = whole.likes, whole.uses
             raw = whole.alike[0] if whole.alike is not None else whole
             source.alike = (raw, source.second) if raw.shape == shape else None
-        made = env.made(source, [(value, project)])
+        made = env.made(source, [(value, project)], aligned=True)
         for node in made.slopes:
-            node.inputs = [dataclasses.replace(way, aligned=True) for way in node.inputs]
             node.copy_of = node.inputs[0].node.copy_of
         return made
 
