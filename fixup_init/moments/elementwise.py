@@ -164,13 +164,17 @@ def _of_masked(env: Environment, op: Op, args: Sequence[Value], result: Value) -
     if len(hidden) != 1 or any(a.number is None for k, a in enumerate(args) if k not in hidden):
         return None
     casts = [env.program.dtype(v) for v in op.inputs]
-    numbers = [jnp.asarray(-math.inf if k in hidden else a.number, d) for k, (a, d) in enumerate(zip(args, casts, strict=True))]
+    numbers = [
+        jnp.asarray(-math.inf if k in hidden else a.number, d) for k, (a, d) in enumerate(zip(args, casts, strict=True))
+    ]
     far = float(np.asarray(running.bind(op, numbers)[0], np.float64))
     mask = args[hidden[0]].visible
     if not math.isfinite(far) or mask is None:
         return None
     rank = len(result.shape)
-    seen = known(result.shape, mask.reshape((1,) * (rank - mask.ndim) + mask.shape).astype(np.float32), profile=True).terms
+    seen = known(
+        result.shape, mask.reshape((1,) * (rank - mask.ndim) + mask.shape).astype(np.float32), profile=True
+    ).terms
     terms = merged([*times(result.terms, seen), *scaled([*unit(rank), *scaled(seen, -1.0)], far)])
     return dataclasses.replace(
         result, terms=terms, slopes={node: times(slope, seen) for node, slope in result.slopes.items()}

@@ -7,6 +7,7 @@ the way back meet the same windows in the other order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,23 +15,33 @@ import numpy as np
 from fixup_init.moments.values import Trait, Value
 from fixup_init.moments.windows import Window
 
-NEIGHBOURS = Trait("neighbours are alike")
 WINDOWS = "approximate: a sum over neighbours that are alike, which is known of entries on average only"
 _LOCAL = 0.1  # of the mean square of rows of a matrix: by how much neighbouring ones are more alike than others
 
 
-def of_windows(value: Value, windows: Iterable[Window]) -> set[str]:
-    """Notes on what is made of the windows of a value."""
-    used = [w for w in windows if w.taps > 1 and w.out > 1]
-    found = {NEIGHBOURS} if any(_is_local(w.matrix) for w in used) else set[str]()
-    return found | ({WINDOWS} if used and NEIGHBOURS in value.notes else set())
+def _alike(length: int) -> Trait:
+    """Of an axis, by its length."""
+    return Trait(f"neighbours of {length} are alike")
+
+
+def of_windows(value: Value, windows: Iterable[Window], is_sum: bool = True) -> set[str]:
+    """Notes on what is made of the windows of a value: its sums, or products with random weights."""
+    found = set[str]()
+    for w in windows:
+        before = _alike(w.size) in value.notes
+        if w.out > 1 and (before or (is_sum and w.taps > 1 and _is_local(w.matrix))):
+            found.add(_alike(w.out))
+        if before and is_sum and w.taps > 1 and w.out > 1:
+            found.add(WINDOWS)
+    return found
 
 
 def of_matrix(value: Value, matrix: np.ndarray) -> set[str]:
     """Notes on the product of a given matrix, row by row of the result, with a value."""
     if matrix.ndim != 2 or min(matrix.shape) < 2 or not _is_local(matrix):
         return set()
-    return {NEIGHBOURS} | ({WINDOWS} if NEIGHBOURS in value.notes else set())
+    rows, columns = matrix.shape
+    return {_alike(rows)} | ({WINDOWS} if _alike(columns) in value.notes else set())
 
 
 def of_indices(indices: np.ndarray) -> set[str]:
@@ -38,17 +49,18 @@ def of_indices(indices: np.ndarray) -> set[str]:
     flat = indices.ravel()
     again = np.mean(flat[1:] == flat[:-1]) if flat.size > 2 else 0.0
     _, counts = np.unique(flat, return_counts=True)
-    return {NEIGHBOURS} if again > _LOCAL and len(counts) > 1 else set()
+    return {_alike(flat.size)} if again > _LOCAL and len(counts) > 1 else set()
 
 
 def of_merged(value: Value, shape: Sequence[int]) -> set[str]:
     """Notes on a reshape that merges an axis along which entries repeat with another one."""
     repeats = [a for a in range(value.rank) if value.shape[a] > 1 and _repeats(value, a)]
+    found = set[str]()
     for group in _groups(value.shape, shape):
         inside = [a for a in group if value.shape[a] > 1]
         if 0 < len([a for a in inside if a in repeats]) < len(inside):
-            return {NEIGHBOURS}
-    return set()
+            found.add(_alike(math.prod(value.shape[a] for a in inside)))
+    return found
 
 
 def _repeats(value: Value, axis: int) -> bool:

@@ -106,7 +106,9 @@ class Normalization:
         if np.abs(more).max() > _SMALL * same(lattice, len(self.grouped)).mean():
             second = settled(source.second + reshaped(more, self.grouped, self.size), self.size)
             raw = source
-            source = Source(self.size, raw.mean, second, raw.quantile, raw.relatives, alike=(raw, (second + raw.second) / 2))
+            source = Source(
+                self.size, raw.mean, second, raw.quantile, raw.relatives, alike=(raw, (second + raw.second) / 2)
+            )
             source.linear_in, source.uses = raw.likes, raw.uses
         alias = of_source(source)
         alias.notes = value.notes
@@ -121,7 +123,14 @@ class Normalization:
             if self.extremes:
                 few.add(EXTREMES)
             onward = functools.partial(back, wide) if fan else None
-            way = Way(node, functools.partial(back, spectrum), notes=few | of_gradients(value.notes), ends=True, onward=onward, aligned=True)
+            way = Way(
+                node,
+                functools.partial(back, spectrum),
+                notes=few | of_gradients(value.notes),
+                ends=True,
+                onward=onward,
+                aligned=True,
+            )
             made = Node(next(env.nodes), self.size, [way], list(alias.terms), copy_of=(node, np.ones(())))
             alias.slopes = {made: unit(len(self.size))}
         return alias
