@@ -180,7 +180,7 @@ def of_gradients(notes: Iterable[str]) -> frozenset[str]:
 
 
 def bent_by(value: Value, slope: Sequence[Term]) -> frozenset[str]:
-    """What to know about cotangents that are multiplied by a slope: all about the value, where the slope depends on it."""
+    """What to know about cotangents that a slope multiplies: all about the value, where the slope depends on it."""
     return of_gradients(value.notes) if any(factors for _, factors in slope) else frozenset()
 
 

@@ -136,7 +136,7 @@ class Interpreter(Environment):
                 self.tapped[v, self.at] = (node, dataclasses.replace(value, terms=list(value.terms)))
 
     def meter(self, value: Value) -> Node | None:
-        """A node that shows the cotangent of a value, whose slopes stay as they are: functions of it compose with it."""
+        """A node that shows the cotangent of a value, whose slopes stay: functions of it compose with it."""
         straight = all(not factors for terms in value.slopes.values() for _, factors in terms)
         if straight or value.imaginary is not None:
             return self.node(value)

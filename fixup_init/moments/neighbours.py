@@ -19,7 +19,7 @@ WINDOWS = "approximate: a sum over neighbours that are alike, which is known of 
 _LOCAL = 0.1  # of the mean square of rows of a matrix: by how much neighbouring ones are more alike than others
 
 
-def _alike(length: int) -> Trait:
+def _alike(length: int) -> str:
     """Of an axis, by its length."""
     return Trait(f"neighbours of {length} are alike")
 

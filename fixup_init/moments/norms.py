@@ -119,18 +119,14 @@ class Normalization:
                 pulled = spectrum.pulled(reshaped(l, self.size, self.grouped))
                 return settled(reshaped(pulled, self.grouped, self.size), self.size)
 
-            few = {FEW} if spectrum.freedom < _FREEDOM else set[str]()
+            notes = of_gradients(value.notes)
+            if spectrum.freedom < _FREEDOM:
+                notes |= {FEW}
             if self.extremes:
-                few.add(EXTREMES)
+                notes |= {EXTREMES}
             onward = functools.partial(back, wide) if fan else None
-            way = Way(
-                node,
-                functools.partial(back, spectrum),
-                notes=few | of_gradients(value.notes),
-                ends=True,
-                onward=onward,
-                aligned=True,
-            )
+            pull = functools.partial(back, spectrum)
+            way = Way(node, pull, notes=notes, ends=True, onward=onward, aligned=True)
             made = Node(next(env.nodes), self.size, [way], list(alias.terms), copy_of=(node, np.ones(())))
             alias.slopes = {made: unit(len(self.size))}
         return alias
