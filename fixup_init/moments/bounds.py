@@ -63,6 +63,18 @@ class Bounds:
             high = 0.0
         return low, high
 
+    def beside(self, op: Op) -> int | None:
+        """Of x - max(x, y), the value y; None of anything else, and in a scan.
+
+        There y is made of earlier such differences, whose dependence, pass after pass, is what counts for gradients.
+        """
+        if op.primitive is not p.sub_p or op.loop is not None:
+            return None
+        top = self.maker.get(op.inputs[1])
+        if top is None or top.primitive is not p.max_p:
+            return None
+        return next((v for k, v in enumerate(top.inputs) if self._same(op.inputs[0], top.inputs[1 - k])), None)
+
     def _is_less(self, one: int, other: int, found: Callable[[int], Value]) -> bool:
         """Whether a value is at most another, the largest of that value and something else."""
         _, top = self.back(other)

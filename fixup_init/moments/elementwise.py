@@ -292,7 +292,7 @@ def _check_bounds(op: Op, value: Value, terms: Sequence[Term], shape: tuple[int,
 def _tail(op: Op, value: Value, terms: Sequence[Term], shape: tuple[int, ...]) -> str:
     """Why moments of a function of a value are not known, though the function is: all lies in a tail never drawn."""
     second = float(same(second_of(terms, len(shape), shape), len(shape)).mean())
-    if second < _TAIL * np.square(drawn_at(terms, draws(_sources(terms)))).mean():
+    if second <= _TAIL * np.square(drawn_at(terms, draws(_sources(terms)))).mean():
         return ""
     if any(not isinstance(n, Trait) for n in value.notes) or any(s.assumed for s in _sources(value.terms)):
         return f"`{op.name}` of a value that is only known approximately, and whose tail is all that counts"

@@ -160,6 +160,9 @@ class Interpreter(Environment):
             found = self.constants(op, args, shapes)
             if found is not None:
                 return found
+        other = self.bounds.beside(op)
+        if other is not None and self.program.shape(other) == args[0].shape and args[0].imaginary is None:
+            return self.composed("above", _above, [args[0], self.read(other)])
         if complex_numbers.concerns(self, op, args):
             return complex_numbers.complex_operation(self, op, args, self.by_rule, self.composed)
         return self.by_rule(op, args)
@@ -227,6 +230,11 @@ class Interpreter(Environment):
         except Exception:
             return None
         return [known(s, np.asarray(x), profile) for s, x in zip(shapes, found, strict=True)]
+
+
+def _above(x: Any, y: Any) -> Any:
+    """x - max(x, y), where x and y do not appear as if they were independent of the larger."""
+    return jnp.minimum(x - y, 0.0)
 
 
 def _loop_at(op: Op, level: int) -> Any:
