@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -99,6 +99,7 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
     interpreter.is_weight = graph.is_parameter
     interpreter.is_activation = graph.is_activation
     interpreter.values.update(parameters)
+    interpreter.paths = _paths(graph, parameters)
     interpreter.values.update(_data(traced, interpreter.rows))
     _install(traced, interpreter)
     for v in graph.inputs:
@@ -126,11 +127,13 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
             (tap.value, at), (None, moments.unknown((), "unknown: it was not reached"))
         )
         forward = backward = None
-        notes = set(value.notes)
+        notes = {note for note in value.notes if not isinstance(note, moments.Trait)}
         if not ran:
             notes = {NOT_RUN}
         elif value.unknown:
             notes = {value.unknown}
+        elif value.tail:
+            notes = {f"unknown: {value.tail}"}
         else:
             spread = spreads[node].deviation if node in spreads else math.nan
             with np.errstate(all="ignore"):
@@ -149,7 +152,7 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
                     part = _statistics(np.zeros(()), cotangents[other].lattice, other.shape, channels[tap.value])
                     backward = _mean(backward, part)
                 backward = dataclasses.replace(backward, spread=cotangent.spread)
-                notes |= {note for note, share in cotangent.notes.items() if share > 0.5}
+                notes |= {_of_gradient(note, notes) for note, share in cotangent.notes.items() if share > 0.5}
                 if not math.isfinite(backward.variance):
                     backward = None
                     notes.add("backward unknown: a rule was not found on the way")
@@ -202,6 +205,11 @@ def _broken(traced: Traced, interpreter: Interpreter, before: set[int]) -> dict[
             for above in ancestors(graph, [node]) or ():
                 found.setdefault(above, value.unknown)
     return found
+
+
+def _of_gradient(note: str, forward: Set[str]) -> str:
+    """A note on a gradient, which says so where it does not hold for the value too."""
+    return note if note in forward or note.startswith("gradient") else f"gradient {note}"
 
 
 def _forward(value: Value, channel: int) -> Statistics:
@@ -272,6 +280,15 @@ def _leaves(traced: Traced, planned: Plan) -> dict[int, Value]:
     for v, leaf in graph.leaves.items():
         if leaf.kind == "noise":
             found[v] = moments.known(leaf.shape, np.zeros((1,) * len(leaf.shape)))
+    return found
+
+
+def _paths(graph: Graph, parameters: Mapping[int, Value]) -> dict[int, str]:
+    """Of every source that a parameter is made of, which parameter."""
+    found = {}
+    for v, value in parameters.items():
+        for s in {s for _, factors in value.terms for s in factors}:
+            found.setdefault(s.number, graph.leaves[v].path)
     return found
 
 
@@ -408,6 +425,8 @@ def _install(traced: Traced, interpreter: Interpreter) -> None:
             interpreter.instead.setdefault(id(op), functools.partial(logs.logarithm, interpreter))
         for op in logs.less:
             interpreter.instead.setdefault(id(op), functools.partial(logs.log_softmax, interpreter))
+        for op in logs.inside:
+            interpreter.instead.setdefault(id(op), functools.partial(logs.within, interpreter))
     for root in moments.roots(program):
         interpreter.instead.setdefault(id(root.end), functools.partial(root, interpreter))
 

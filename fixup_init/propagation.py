@@ -61,7 +61,7 @@ class Statistics:
 
     @property
     def second_moment(self) -> float:
-        return self.variance + self.mean**2
+        return self.variance + self.mean * self.mean  # not a power, which raises where it overflows
 
     @property
     def channel_variance(self) -> float:

@@ -214,6 +214,16 @@ class Quantile:
         x = mean + deviation * t
         return x if self.zero is None else np.where(t == self.zero, 0.0, x)
 
+    @functools.cached_property
+    def mirrored(self) -> Quantile:
+        """Of the negative of a value."""
+
+        def inverse(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            low, high = self.inverse(-t)
+            return -high, -low
+
+        return Quantile(lambda z: -self.forward(-z), inverse, self.reach, None if self.zero is None else -self.zero)
+
     @staticmethod
     def of_samples(samples: np.ndarray, weights: np.ndarray | None = None) -> Quantile | None:
         """From draws; None where they are all the same."""

@@ -15,11 +15,11 @@ from fixup_init.predict import predict
 
 CASES = {case.name: case for case in (*ZOO, *FAMILIES)}
 # Models of which something is unknown, and why. It may only become shorter.
-POLE = "`div` of a value that, as far as its distribution is known, reaches where it is infinite"
+EXCEEDS = "`exp` of a value that is at most 0, which its distribution, as far as it is known, exceeds"
 UNKNOWN: dict[str, set[str]] = {
     "gat": {"an exponential inside of a softmax"},
-    "rwkv": {POLE},
-    "memory-efficient": {POLE},
+    "rwkv": {EXCEEDS},
+    "memory-efficient": {EXCEEDS},
 }
 # Models whose tables are only shapes: a scheme that leaves these to the model's own initializers cannot know them.
 ABSTRACT = (

@@ -30,11 +30,11 @@ from fixup_init.moments.roots import Root, roots
 from fixup_init.moments.segments import Segments, segment_softmax, segment_softmaxes
 from fixup_init.moments.softmax import INSIDE, Softmax, softmax_of, softmax_powers, softmax_square, softmaxes
 from fixup_init.moments.spread import Spread, of_values
-from fixup_init.moments.values import Node, Value, fixed, gaussian, known, of_source, ones, unknown
+from fixup_init.moments.values import Node, Trait, Value, fixed, gaussian, known, of_source, ones, unknown
 
 __all__ = [
     "INSIDE", "Cotangent", "Interpreter", "LogSum", "Node", "Normalization", "Root", "Segments", "Softmax", "Spread",
-    "Value", "fixed", "gaussian", "has_squares", "known", "log_sums", "moments_of", "of_parts", "of_source",
+    "Trait", "Value", "fixed", "gaussian", "has_squares", "known", "log_sums", "moments_of", "of_parts", "of_source",
     "of_values", "ones", "pull_back", "roots", "segment_softmax", "segment_softmaxes", "settled", "softmax_of",
     "softmax_powers", "softmax_square", "softmaxes", "total", "unknown",
 ]  # fmt: skip

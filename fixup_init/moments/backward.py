@@ -20,6 +20,8 @@ from fixup_init.moments.spread import Spread, of_cotangent, of_data, reached
 from fixup_init.moments.values import Node, Way, function_of
 
 _BINS = 128  # of the grid on which a factor is held
+_AGAIN = 0.1  # of a cotangent: what parts that depend on each other may add to it before that is said
+TWICE = "gradient approximate: parts of it that come by several ways are taken as independent"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +36,7 @@ class Cotangent:
     grid: np.ndarray | None = None
     factor: np.ndarray | None = None
     notes: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by which share of it they are true of
+    origins: frozenset[tuple[int, int]] = frozenset()  # ways since which entries were only scaled or moved
     onward: Lattice | None = None  # in its place, for what random weights that made the value meet
     spread: float = 0.0  # of one seed's second moment: standard deviation of its logarithm, at most
 
@@ -59,11 +62,15 @@ def pull_back(
             continue
         own = _together(arriving.pop(node), len(node.shape))
         found[node] = own
+        if node.meter:  # only what is given to itself goes on
+            if node not in starts:
+                continue
+            own = Cotangent(starts[node], spread=of_data(node))
         for way in node.inputs:
             with np.errstate(all="ignore"):
                 try:
                     part = _pulled(node, own, way)
-                except (ValueError, IndexError):
+                except (ValueError, IndexError, ArithmeticError):
                     if strict:
                         raise
                     rank = len(way.node.shape)
@@ -82,8 +89,30 @@ def _pulled(node: Node, own: Cotangent, way: Way) -> Cotangent:
         met = own.onward if node.layer is not None and own.onward is not None else own.lattice
         onward = None if way.onward is None else way.onward(own.lattice)
         part = Cotangent(way.pull(met), onward=onward)
-    notes = {**own.notes, way.note: 1.0} if way.note else own.notes
-    return dataclasses.replace(part, notes=notes) if notes else part
+    notes = {**own.notes, **dict.fromkeys(way.notes, 1.0)}
+    return dataclasses.replace(part, notes=notes, origins=_origins(node, own, way))
+
+
+def _origins(node: Node, own: Cotangent, way: Way) -> frozenset[tuple[int, int]]:
+    """What is left of a cotangent's origins: all where entries are only scaled or moved, else it is a new one."""
+    new = frozenset({(node.number, node.inputs.index(way))})
+    if way.apart:
+        return new
+    if way.pull is None or way.aligned or (way.keeps and math.prod(node.shape) == math.prod(way.node.shape)):
+        return own.origins or frozenset({(node.number, -1)})
+    if node.layer and node.layer.weights:  # the same weights take the same cotangent to the same
+        return frozenset({(hash((node.layer.weights, own.origins or node.number)), -1)})
+    return new
+
+
+def _again(parts: Sequence[Cotangent], weights: Sequence[float]) -> dict[str, float]:
+    """What to know where one cotangent arrives by several ways that no random weights tell apart."""
+    whole = sum(weights)
+    for k, one in enumerate(parts):
+        for other, w in zip(parts[:k], weights, strict=False):
+            if one.origins & other.origins and 2 * math.sqrt(max(w * weights[k], 0.0)) > _AGAIN * whole:
+                return {TWICE: 1.0}
+    return {}
 
 
 def _together(parts: Sequence[Cotangent], rank: int) -> Cotangent:
@@ -93,24 +122,26 @@ def _together(parts: Sequence[Cotangent], rank: int) -> Cotangent:
     lattice = functools.reduce(np.add, (c.lattice for c in parts))
     weights = [float(same(c.lattice, rank).mean()) for c in parts]
     whole = sum(weights)
+    origins = frozenset[tuple[int, int]]().union(*(c.origins for c in parts))
     if not whole > 0:
-        return Cotangent(lattice, spread=max(c.spread for c in parts))
+        return Cotangent(lattice, origins=origins, spread=max(c.spread for c in parts))
     spread = sum(w / whole * c.spread for c, w in zip(parts, weights, strict=True))
-    notes: dict[str, float] = {}
+    notes = _again(parts, weights)
     for c, w in zip(parts, weights, strict=True):
         for note, share in c.notes.items():
-            notes[note] = notes.get(note, 0.0) + share * w / whole
+            notes[note] = min(notes.get(note, 0.0) + share * w / whole, 1.0)
     onward = None
     if any(c.onward is not None for c in parts):
         onward = functools.reduce(np.add, (c.lattice if c.onward is None else c.onward for c in parts))
+    found = Cotangent(lattice, notes=notes, origins=origins, onward=onward, spread=spread)
     grids = [c.grid for c in parts if c.grid is not None]
     if not grids:
-        return Cotangent(lattice, notes=notes, onward=onward, spread=spread)
+        return found
     grid = np.unique(np.concatenate(grids))
     factor = np.zeros(grid.size)
     for c, w in zip(parts, weights, strict=True):
         factor += w / whole * (1.0 if c.grid is None or c.factor is None else np.interp(grid, c.grid, c.factor))
-    return Cotangent(lattice, grid, factor, notes, onward, spread)
+    return dataclasses.replace(found, grid=grid, factor=factor)
 
 
 def _through_slope(node: Node, own: Cotangent, way: Way) -> Cotangent:

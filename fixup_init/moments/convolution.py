@@ -16,6 +16,7 @@ from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import Lattice, joined, settled
+from fixup_init.moments.neighbours import of_windows
 from fixup_init.moments.polynomials import kin_of, moments_of
 from fixup_init.moments.values import Layer, Source, Value
 from fixup_init.moments.windows import Window
@@ -105,8 +106,11 @@ def conv(env: Environment, op: Op, args: list[Value]) -> Value:
 
     layer = None
     if env.weights(op)[1]:
-        layer = Layer(kernel.shape[k_spec[0]], (o_spec[1],), n, n * math.prod(w.taps for w in windows))
-    return env.made(source, [(value, back), (kernel, to_kernel)], layer=layer)
+        layer = Layer(kernel.shape[k_spec[0]], (o_spec[1],), n, n * math.prod(w.taps for w in windows),
+                      kin_of(kernel.terms))  # fmt: skip
+        source.uses = frozenset((w, id(op)) for w in layer.weights)
+    notes = of_windows(value, windows, is_sum=layer is None)
+    return env.made(source, [(value, back), (kernel, to_kernel)], notes, layer=layer)
 
 
 RULES: dict[Any, Rule] = {

@@ -65,16 +65,20 @@ def distribution(terms: Sequence[Term]) -> Quantile | None:
     return Quantile.of_samples(x) if np.isfinite(x).all() else None
 
 
-def of_positive_sum(terms: Sequence[Term], mean: np.ndarray, square: np.ndarray) -> Quantile | None:
-    """The distribution of a sum of many values with these moments: log-normal where they are positive."""
+def of_signed_sum(terms: Sequence[Term], mean: np.ndarray, square: np.ndarray) -> Quantile | None:
+    """The distribution of a sum of many values with these moments: log-normal where all have one sign."""
     if is_gaussian(terms):
         return None
     sources = sorted({s for _, f in terms for s in f}, key=lambda s: s.number)
     x = drawn_at(terms, draws(sources))
-    if not np.isfinite(x).all() or x.min() < 0 or not (mean > 0).any():
+    if not np.isfinite(x).all() or x.min() * x.max() < 0:
         return None
-    ratio = np.sqrt(np.maximum(square - mean**2, 0.0)) / np.maximum(mean, 1e-300)
-    return Quantile.positive(float(ratio[np.broadcast_to(mean > 0, ratio.shape)].max()))
+    size = np.abs(mean)
+    if not (size > 0).any():
+        return None
+    ratio = np.sqrt(np.maximum(square - mean**2, 0.0)) / np.maximum(size, 1e-300)
+    found = Quantile.positive(float(ratio[np.broadcast_to(size > 0, ratio.shape)].max()))
+    return found.mirrored if found is not None and x.min() < 0 else found
 
 
 def mixture(parts: Sequence[tuple[Value, float, float]], sizes: Sequence[int]) -> Quantile | None:

@@ -20,15 +20,16 @@ from scipy import special
 from fixup_init import jaxprs, quadrature, running
 from fixup_init.jaxprs import p
 from fixup_init.moments import whole_numbers
+from fixup_init.moments.bounds import reach_of
 from fixup_init.moments.combining import combined, complement
 from fixup_init.moments.distributions import drawn_at, draws
 from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.lattice import same, settled
-from fixup_init.moments.polynomials import DEPENDENT, are_dependent, merged, scaled, second_of, times
+from fixup_init.moments.polynomials import ALIKE, DEPENDENT, are_dependent, merged, resemble, scaled, second_of, times
 from fixup_init.moments.random_bits import of_bits
 from fixup_init.moments.rearranging import broadcasted
 from fixup_init.moments.shares import shares
-from fixup_init.moments.values import Node, Source, Term, Value, function_of, is_unit, known, unit
+from fixup_init.moments.values import Node, Source, Term, Trait, Value, function_of, known, unit
 from fixup_init.program import IDENTITY, Op
 from fixup_init.quadrature import FLAT, Formula, Quantile, X
 
@@ -43,6 +44,10 @@ _SINGULAR = frozenset({
     p.erf_inv_p, p.lgamma_p, p.digamma_p, jaxprs.LOG2,
 })  # fmt: skip
 _POLE = 1e3  # times the mean square of samples
+_EXPONENTIAL = frozenset({p.exp_p, p.exp2_p})
+_BEYOND = 0.03  # of a second moment: what may come from values that are out of reach
+_TAIL = 1e3  # times the mean square of samples: what is never drawn
+ONE_SIGN = "approximate: sums of values of one sign, taken as log-normal"
 _GRID = 96  # points for each of two values
 _ORDER = 24  # of their Hermite expansion
 
@@ -53,7 +58,7 @@ def elementwise(env: Environment, op: Op, args: list[Value]) -> Value:
     shape = env.program.shape(op.outputs[0])
     rank = len(shape)
     one = unit(rank)
-    args = [_lifted(env, a, shape) for a in args]
+    args = [_with_reach(_lifted(env, a, shape), a) for a in args]
     result: Value | None = None
     if any(a.bits for a in args):
         return of_bits(op, args)
@@ -75,6 +80,7 @@ def elementwise(env: Environment, op: Op, args: list[Value]) -> Value:
         terms = merged([*args[0].terms, *scaled(args[1].terms, sign)])
         slopes = _linear_slopes([(args[0], one), (args[1], scaled(one, sign))])
         result = _result(shape, terms, args, slopes)
+        result.notes |= env.shared(args) | ({ALIKE} if resemble(args[0].terms, args[1].terms) else set())
     elif primitive is p.neg_p:
         slopes = _linear_slopes([(args[0], scaled(one, -1.0))])
         result = _result(shape, scaled(args[0].terms, -1.0), args, slopes)
@@ -88,6 +94,8 @@ def elementwise(env: Environment, op: Op, args: list[Value]) -> Value:
         result = _product(env, shape, [args[0], args[0]])
     if result is None:
         result = _function(env, op, args, shape)
+        if (masked := _of_masked(env, op, args, result)) is not None:
+            result, args = masked, [dataclasses.replace(a, visible=None) for a in args]
     call = env.calls.get(op.outputs[0])
     if call is not None and result.slopes:
         _by_rule(env, call, result)
@@ -96,6 +104,13 @@ def elementwise(env: Environment, op: Op, args: list[Value]) -> Value:
     _keep_mask(op, args, result)
     result.rows = max((a.rows for a in args), default=0) if primitive not in FLAT else 0
     return result
+
+
+def _with_reach(lifted: Value, value: Value) -> Value:
+    """The same entries, repeated or not, have the same interval."""
+    if lifted is not value:
+        lifted.reach = reach_of(value)
+    return lifted
 
 
 def _linear_slopes(parts: Iterable[tuple[Value, list[Term]]]) -> dict[Node, list[Term]]:
@@ -111,7 +126,8 @@ def _linear_slopes(parts: Iterable[tuple[Value, list[Term]]]) -> dict[Node, list
 
 def _result(shape: tuple[int, ...], terms: list[Term], args: Sequence[Value], slopes: dict[Node, list[Term]]) -> Value:
     """A value with the notes of those that it was made of."""
-    return Value(shape, terms, slopes, notes=frozenset().union(*(a.notes for a in args)))
+    tail = next((a.tail for a in args if a.tail), "")
+    return Value(shape, terms, slopes, notes=frozenset().union(*(a.notes for a in args)), tail=tail)
 
 
 def _lifted(env: Environment, value: Value, shape: tuple[int, ...]) -> Value:
@@ -142,6 +158,29 @@ def _keep_mask(op: Op, args: Sequence[Value], result: Value) -> None:
         result.visible = functools.reduce(np.logical_and, seen)
 
 
+def _of_masked(env: Environment, op: Op, args: Sequence[Value], result: Value) -> Value | None:
+    """A function of masked scores: its value at minus infinity where they are masked; None where that is not finite."""
+    hidden = [k for k, a in enumerate(args) if a.visible is not None]
+    if len(hidden) != 1 or any(a.number is None for k, a in enumerate(args) if k not in hidden):
+        return None
+    casts = [env.program.dtype(v) for v in op.inputs]
+    numbers = [
+        jnp.asarray(-math.inf if k in hidden else a.number, d) for k, (a, d) in enumerate(zip(args, casts, strict=True))
+    ]
+    far = float(np.asarray(running.bind(op, numbers)[0], np.float64))
+    mask = args[hidden[0]].visible
+    if not math.isfinite(far) or mask is None:
+        return None
+    rank = len(result.shape)
+    seen = known(
+        result.shape, mask.reshape((1,) * (rank - mask.ndim) + mask.shape).astype(np.float32), profile=True
+    ).terms
+    terms = merged([*times(result.terms, seen), *scaled([*unit(rank), *scaled(seen, -1.0)], far)])
+    return dataclasses.replace(
+        result, terms=terms, slopes={node: times(slope, seen) for node, slope in result.slopes.items()}
+    )
+
+
 def _cuts(old: Any, new: Any) -> bool:
     """Whether a conversion takes real numbers to whole ones."""
     return not jnp.issubdtype(new, jnp.inexact) and jnp.issubdtype(old, jnp.inexact)
@@ -155,6 +194,7 @@ def _product(env: Environment, shape: tuple[int, ...], args: Sequence[Value]) ->
     terms = whole_numbers.with_picked(times(left.terms, right.terms))
     slopes = _linear_slopes([(left, list(right.terms)), (right, list(left.terms))])
     result = _result(shape, terms, args, slopes)
+    result.notes |= env.shared(args)
     if any(len(f) > 1 for _, f in terms) and are_dependent(terms):
         result.notes |= {DEPENDENT}
     return result
@@ -202,12 +242,19 @@ def _function(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...
     formulas = [_formula(a) for a in args]
     terms = function_of(common, quadrature.of_op(op, formulas, casts))
     _check_finite(op, terms, shape)
+    notes, tail = set[str](), ""
+    if op.primitive in _EXPONENTIAL:
+        _check_bounds(op, args[0], terms, shape)
+        notes = {ONE_SIGN} if common.assumed else notes
+    if op.primitive in _EXPONENTIAL or any(a.tail for a in args):
+        tail = _tail(op, args[0], terms, shape)
     parts = []
     if op.primitive not in FLAT:
         for k, a in enumerate(args):
             if a.slopes and jnp.issubdtype(casts[k], jnp.floating):
                 parts.append((a, function_of(common, quadrature.slope(op, formulas, casts, k))))
-    return _result(shape, terms, args, _linear_slopes(parts))
+    result = _result(shape, terms, args, _linear_slopes(parts))
+    return dataclasses.replace(result, notes=result.notes | notes, tail=tail)
 
 
 def _check_finite(op: Op, terms: Sequence[Term], shape: tuple[int, ...]) -> None:
@@ -224,6 +271,36 @@ def _check_finite(op: Op, terms: Sequence[Term], shape: tuple[int, ...]) -> None
         finite = same(second, len(shape)).mean() < _POLE * np.square(drawn_at(terms, drawn)).mean()
     if not finite:
         raise NoRule(f"`{op.name}` of a value that, as far as its distribution is known, reaches where it is infinite")
+
+
+def _check_bounds(op: Op, value: Value, terms: Sequence[Term], shape: tuple[int, ...]) -> None:
+    """An exponential of a value with an upper bound does not come from above it."""
+    high = reach_of(value)[1]
+    if not math.isfinite(high):
+        return
+    second = float(same(second_of(terms, len(shape), shape), len(shape)).mean())
+    drawn = draws(_sources(value.terms))
+    x, squares = drawn_at(value.terms, drawn), np.square(drawn_at(terms, drawn))
+    beyond = x > high + 1e-6 * max(float(np.abs(x).max()), 1e-30)
+    outside = squares[beyond].sum() / max(squares.sum(), 1e-300)
+    if outside > _BEYOND or second > (1 + _BEYOND) * math.exp(2 * min(high, 300.0)):
+        raise NoRule(
+            f"`{op.name}` of a value that is at most {high:.3g}, which its distribution, as far as it is known, exceeds"
+        )
+
+
+def _tail(op: Op, value: Value, terms: Sequence[Term], shape: tuple[int, ...]) -> str:
+    """Why moments of a function of a value are not known, though the function is: all lies in a tail never drawn."""
+    second = float(same(second_of(terms, len(shape), shape), len(shape)).mean())
+    if second <= _TAIL * np.square(drawn_at(terms, draws(_sources(terms)))).mean():
+        return ""
+    if any(not isinstance(n, Trait) for n in value.notes) or any(s.assumed for s in _sources(value.terms)):
+        return f"`{op.name}` of a value that is only known approximately, and whose tail is all that counts"
+    return f"`{op.name}` of so wide a value that its moments lie in a tail that is never drawn"
+
+
+def _sources(terms: Sequence[Term]) -> list[Source]:
+    return sorted({s for _, f in terms for s in f}, key=lambda s: s.number)
 
 
 def _gate(args: Sequence[Value]) -> Source | None:
@@ -269,16 +346,16 @@ def _by_rule(env: Environment, call: Op, result: Value) -> None:
     outer = [env.read(v) for v in call.inputs]
     moving = [k for k, a in enumerate(outer) if a.slopes]
     common = _common(outer)
-    if common is None or len(moving) != 1 or len(outer[moving[0]].slopes) != len(result.slopes):
+    if common is None or len(moving) != 1 or outer[moving[0]].slopes.keys() != result.slopes.keys():
         return
     (k,) = moving
-    ((node, before), *more), (_, after) = outer[k].slopes.items(), next(iter(result.slopes.items()))
-    if more or not is_unit(before) or any(c.size > 1 for c, _ in after) or any(set(f) - {common} for _, f in after):
+    terms = [t for slopes in (outer[k].slopes, result.slopes) for terms in slopes.values() for t in terms]
+    if any(c.size > 1 or set(f) - {common} for c, f in terms):
         return
     avals = [env.program.avals[v] for v in call.inputs]
     ruled = quadrature.slope_by_rule(call, [_formula(a) for a in outer], avals, k)
     if ruled is not None:
-        result.slopes = {node: function_of(common, ruled)}
+        result.slopes = _linear_slopes([(outer[k], function_of(common, ruled))])
 
 
 def _quotient(env: Environment, op: Op, args: list[Value], shape: tuple[int, ...]) -> Value:

@@ -17,6 +17,7 @@ from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import Lattice, settled
 from fixup_init.moments.lookup import look_up
+from fixup_init.moments.neighbours import of_indices
 from fixup_init.moments.polynomials import DEPENDENT, kin_of, moments_of
 from fixup_init.moments.values import Source, Value
 from fixup_init.program import Op
@@ -99,6 +100,8 @@ def gather(env: Environment, op: Op, args: list[Value]) -> Value:
                 found[mask] = float(l[tuple(far)].ravel()[0]) * count * max(count - 1, 0) * share**2
         return settled(found, table.shape)
 
+    if indices.array is not None and len(picked) == 1:
+        notes |= of_indices(np.broadcast_to(indices.array, indices.shape))
     return env.made(source, [(table, back)], notes)
 
 

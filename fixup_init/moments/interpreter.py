@@ -18,10 +18,11 @@ import numpy as np
 from fixup_init import jaxprs, quadrature, running
 from fixup_init.jaxprs import p
 from fixup_init.moments import complex_numbers, random_bits
+from fixup_init.moments.bounds import Bounds, stacked
 from fixup_init.moments.elementwise import elementwise
-from fixup_init.moments.environment import MOST, Environment, NoRule
+from fixup_init.moments.environment import MOST, Environment, NoRule, bent_by
 from fixup_init.moments.rules import RULES, rule_of
-from fixup_init.moments.values import Node, Value, known, unit, unknown
+from fixup_init.moments.values import ANYWHERE, Node, Reach, Value, Way, known, unit, unknown
 from fixup_init.program import CARRY_IN, CHOOSE, STACK_OUT, Marker, Op, Program
 
 # Operations that say the same of an array as of one that only repeats it.
@@ -45,6 +46,7 @@ class Interpreter(Environment):
         self.tapped: dict[tuple[int, tuple[int, ...]], tuple[Node | None, Value]] = {}
         self.instead: dict[int, Callable[[Op], list[Value]]] = {}  # by id of an operation: what to do with it
         self.is_activation: Callable[[int], bool] = lambda value: False
+        self.bounds = Bounds(program)
         self.strict = False  # whether a rule that fails raises
 
     def run(self, ops: Sequence[Op], level: int = 0) -> None:
@@ -91,21 +93,34 @@ class Interpreter(Environment):
 
     def one(self, op: Op) -> None:
         """Evaluates an operation, and records why its results are not known where no rule covers it."""
-        handler = self.instead.get(id(op))
+        results = self.attempt(op, self.instead.get(id(op)))
+        reach = self.reach(op)
+        for v, value in zip(op.outputs, results, strict=True):
+            value.reach = reach
+            self.values[v] = value
+        self.tap(op)
+
+    def attempt(self, op: Op, handler: Callable[[Op], list[Value]] | None = None) -> list[Value]:
+        """The results of an operation, unknown where no rule covers it."""
         try:
             with np.errstate(all="ignore"):
-                results = handler(op) if handler is not None else self.apply(op)
+                return handler(op) if handler is not None else self.apply(op)
         except NoRule as none:
-            results = [unknown(self.program.shape(v), f"unknown: {none}") for v in op.outputs]
+            return [unknown(self.program.shape(v), f"unknown: {none}") for v in op.outputs]
         except (ValueError, IndexError, TypeError, KeyError, AssertionError, ArithmeticError) as error:
             if self.strict:
                 raise
             del error  # a form of the operation that its rule does not foresee
             why = f"unknown: no rule for this use of `{op.name}`"
-            results = [unknown(self.program.shape(v), why) for v in op.outputs]
-        for v, value in zip(op.outputs, results, strict=True):
-            self.values[v] = value
-        self.tap(op)
+            return [unknown(self.program.shape(v), why) for v in op.outputs]
+
+    def reach(self, op: Op) -> Reach:
+        """What the results of an operation can be."""
+        if op.primitive is STACK_OUT:
+            return stacked(op, self.stacks.get(op.inputs[0], [self.read(op.inputs[0])]))
+        if op.primitive is CHOOSE:
+            return ANYWHERE
+        return self.bounds.of(op, [self.read(v) for v in op.inputs], self.read)
 
     def tap(self, op: Op) -> None:
         """Keeps the results that are tapped, with their nodes."""
@@ -115,10 +130,20 @@ class Interpreter(Environment):
                 if not value.unknown and not value.slopes and self.is_activation(v):  # behind whole numbers
                     root = Node(next(self.nodes), value.shape, [], list(value.terms))
                     value.slopes = {root: unit(value.rank)}
-                node = None if value.unknown else self.node(value)
+                node = None if value.unknown else self.meter(value)
                 if value.imaginary is not None:
                     self.node(value.imaginary)
                 self.tapped[v, self.at] = (node, dataclasses.replace(value, terms=list(value.terms)))
+
+    def meter(self, value: Value) -> Node | None:
+        """A node that shows the cotangent of a value, whose slopes stay: functions of it compose with it."""
+        straight = all(not factors for terms in value.slopes.values() for _, factors in terms)
+        if straight or value.imaginary is not None:
+            return self.node(value)
+        ways = [Way(node, slope=terms, notes=bent_by(value, terms)) for node, terms in value.slopes.items()]
+        made = Node(next(self.nodes), value.shape, ways, list(value.terms), meter=True)
+        value.slopes = {**value.slopes, made: unit(value.rank)}
+        return made
 
     def apply(self, op: Op) -> list[Value]:
         """The results of an operation, by its rule."""
@@ -135,6 +160,9 @@ class Interpreter(Environment):
             found = self.constants(op, args, shapes)
             if found is not None:
                 return found
+        other = self.bounds.beside(op)
+        if other is not None and self.program.shape(other) == args[0].shape and args[0].imaginary is None:
+            return self.composed("above", _above, [args[0], self.read(other)])
         if complex_numbers.concerns(self, op, args):
             return complex_numbers.complex_operation(self, op, args, self.by_rule, self.composed)
         return self.by_rule(op, args)
@@ -162,6 +190,9 @@ class Interpreter(Environment):
         bad = next((a for a in args if a.unknown), None) if primitive is not CHOOSE else args[-1]
         if bad is not None and bad.unknown:
             return [unknown(s, bad.unknown) for s in shapes]
+        tail = next((a.tail for a in args if a.tail), "") if rule is not elementwise else ""
+        if tail:
+            raise NoRule(tail)
         if rule is None:
             raise NoRule(f"no rule for `{op.name}`")
         results = rule(self, op, args)
@@ -199,6 +230,11 @@ class Interpreter(Environment):
         except Exception:
             return None
         return [known(s, np.asarray(x), profile) for s, x in zip(shapes, found, strict=True)]
+
+
+def _above(x: Any, y: Any) -> Any:
+    """x - max(x, y), where x and y do not appear as if they were independent of the larger."""
+    return jnp.minimum(x - y, 0.0)
 
 
 def _loop_at(op: Op, level: int) -> Any:

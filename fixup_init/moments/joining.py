@@ -66,7 +66,8 @@ def joined_values(env: Environment, shape: tuple[int, ...], axis: int, args: Seq
     def back(k: int, l: Lattice) -> Lattice:
         return settled(l.mean(rank + axis, keepdims=True), args[k].shape)
 
-    return env.made(source, [(a, functools.partial(back, k)) for k, a in enumerate(args)])
+    ways = [(a, functools.partial(back, k)) for k, a in enumerate(args)]
+    return env.made(source, ways, env.shared(args), back_notes=())
 
 
 def extended(env: Environment, value: Value, shape: tuple[int, ...], axis: int, low: int) -> Value:

@@ -11,9 +11,10 @@ import functools
 
 import numpy as np
 
+from fixup_init.moments.distributions import of_signed_sum
 from fixup_init.moments.environment import Environment
-from fixup_init.moments.lattice import Lattice, Profile, joined, of_pairs, parted, settled
-from fixup_init.moments.polynomials import kin_of, moments_of
+from fixup_init.moments.lattice import Lattice, Profile, joined, of_pairs, parted, same, settled
+from fixup_init.moments.polynomials import kin_of, likes_of, moments_of
 from fixup_init.moments.values import Source, Value
 
 
@@ -79,9 +80,14 @@ def linear(env: Environment, value: Value, axis: int, matrix: Matrix) -> Value:
     mean, second = moments_of(value)
     shape = tuple(len(matrix.dense) if a == axis else n for a, n in enumerate(value.shape))
     new = settled(matrix.lattice(second, axis, mean), shape)
-    source = Source(shape, matrix.mean(mean, axis), new, None, kin_of(value.terms))
+    centre = matrix.mean(mean, axis)
+    one_sign = matrix.dense.min() >= 0
+    quantile = of_signed_sum(value.terms, centre, same(new, len(shape))) if one_sign else None
+    source = Source(shape, centre, new, quantile, kin_of(value.terms), assumed=quantile is not None)
 
     def back(l: Lattice) -> Lattice:
         return settled(matrix.transposed.lattice(l, axis), value.shape)
 
-    return env.made(source, [(value, back)])
+    aligned = shape == value.shape
+    source.linear_in = likes_of(value.terms) if aligned else source.linear_in
+    return env.made(source, [(value, back)], aligned=aligned)

@@ -19,8 +19,8 @@ from fixup_init.jaxprs import p
 from fixup_init.moments.interpreter import Interpreter
 from fixup_init.moments.lattice import Lattice, kept, settled, widened
 from fixup_init.moments.polynomials import kin_of, moments_of
-from fixup_init.moments.softmax import CASTS, PASSED, is_reduced, log_sum_moments, softmax_of, walker
-from fixup_init.moments.values import Source, Value
+from fixup_init.moments.softmax import CASTS, INSIDE, PASSED, is_reduced, log_sum_moments, softmax_of, walker
+from fixup_init.moments.values import Source, Value, unknown
 from fixup_init.program import Op, Program
 
 __all__ = ["LogSum", "log_sums"]
@@ -35,12 +35,21 @@ class LogSum:
       axes: of the sum.
       ends: the operations that make L: the logarithm, or the sum with what was taken off s before.
       less: those that make s - L, a log softmax.
+      inside: those before, from the exponential on.
     """
 
     scores: int
     axes: tuple[int, ...]
     ends: tuple[Op, ...]
     less: tuple[Op, ...]
+    inside: tuple[Op, ...] = ()
+
+    def within(self, env: Interpreter, op: Op) -> list[Value]:
+        """A step on the way to L, which nothing depends on where L is known."""
+        found = env.attempt(op)
+        if env.read(self.scores).visible is not None:
+            return found
+        return [unknown(v.shape, f"unknown: {INSIDE}") if v.unknown else v for v in found]
 
     def logarithm(self, env: Interpreter, op: Op) -> list[Value]:
         """L, of which the slope is the softmax."""
@@ -123,5 +132,5 @@ def log_sums(program: Program) -> list[LogSum]:
                         and program.shape(o.outputs[0]) == program.shape(logarithm)
                         and {back(v)[0] for v in o.inputs} == {logarithm, shift}]  # fmt: skip
         if ends or less:
-            found.append(LogSum(scores, axes, tuple(ends), tuple(less)))
+            found.append(LogSum(scores, axes, tuple(ends), tuple(less), (exponential, total, op)))
     return found

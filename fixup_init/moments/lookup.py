@@ -15,6 +15,7 @@ import numpy as np
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment
 from fixup_init.moments.lattice import Lattice, of_pairs, parted, settled
+from fixup_init.moments.neighbours import of_indices
 from fixup_init.moments.places import places_of
 from fixup_init.moments.polynomials import DEPENDENT, kin_of, moments_of
 from fixup_init.moments.reshaping import reshaped
@@ -70,7 +71,10 @@ def look_up(env: Environment, op: Op, table: Value, indices: Value) -> Value | N
         turn = [int(k) for k in np.argsort([axis, *windows])]
         return settled(l.transpose(*turn, *(table.rank + a for a in turn)), table.shape)
 
-    return env.made(source, [(table, back)], {DEPENDENT} if kin_of(table.terms) & kin_of(indices.terms) else ())
+    notes = {DEPENDENT} if kin_of(table.terms) & kin_of(indices.terms) else set[str]()
+    if indices.array is not None:
+        notes |= of_indices(np.broadcast_to(indices.array, indices.shape))
+    return env.made(source, [(table, back)], notes)
 
 
 def _certain(found: Whole, n: int) -> np.ndarray:

@@ -11,12 +11,13 @@ import numpy as np
 
 from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import distribution
+from fixup_init.moments.environment import of_gradients
 from fixup_init.moments.interpreter import Interpreter
 from fixup_init.moments.lattice import Lattice, projected, same, settled
 from fixup_init.moments.polynomials import is_linear, kin_of, mean_of, moments_of
 from fixup_init.moments.reshaping import reshaped
 from fixup_init.moments.spectrum import Spectrum
-from fixup_init.moments.values import Node, Source, Value, Way, known, of_source, unit, unknown
+from fixup_init.moments.values import Node, Source, Value, Way, known, of_source, sole_source, unit, unknown
 from fixup_init.program import Op
 from fixup_init.quadrature import X
 
@@ -24,6 +25,7 @@ _REDUCING = frozenset({
     p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.reduce_window_sum_p, p.dot_general_p, p.psum_p,
 })  # fmt: skip
 FEW = "gradient approximate: a variance over few or dependent entries, near zero in groups whose gradients dominate"
+EXTREMES = "gradient approximate: what comes by the largest and smallest entries, which divide the others, is left out"
 _FREEDOM = 5.0  # degrees of freedom of a variance; below, the mean of 1/s^2 has a variance that is not finite
 _SMALL = 1e-3  # of the second moment: a change that is left out, so that a source stays the one it was
 
@@ -58,6 +60,7 @@ class Normalization:
     ) -> None:  # fmt: skip
         self.source, self.along, self.size, self.first = source, axes, size, ops[0]
         self.grouped, self.axes, self.centred = _groups(source, axes, size, ops, shape_of)
+        self.extremes = any(op.primitive in (p.reduce_max_p, p.reduce_min_p) for op in ops)
         self.alias: Value | None = None
         self.statistics: set[int] = set()
         self.region: set[int] = set()
@@ -102,7 +105,11 @@ class Normalization:
         more = spectrum.normalized(lattice) - lattice
         if np.abs(more).max() > _SMALL * same(lattice, len(self.grouped)).mean():
             second = settled(source.second + reshaped(more, self.grouped, self.size), self.size)
-            source = Source(self.size, source.mean, second, source.quantile, source.relatives)
+            raw = source
+            source = Source(
+                self.size, raw.mean, second, raw.quantile, raw.relatives, alike=(raw, (second + raw.second) / 2)
+            )
+            source.linear_in, source.uses = raw.likes, raw.uses
         alias = of_source(source)
         alias.notes = value.notes
         if node is not None:
@@ -112,10 +119,15 @@ class Normalization:
                 pulled = spectrum.pulled(reshaped(l, self.size, self.grouped))
                 return settled(reshaped(pulled, self.grouped, self.size), self.size)
 
-            few = FEW if spectrum.freedom < _FREEDOM else ""
+            notes = of_gradients(value.notes)
+            if spectrum.freedom < _FREEDOM:
+                notes |= {FEW}
+            if self.extremes:
+                notes |= {EXTREMES}
             onward = functools.partial(back, wide) if fan else None
-            way = Way(node, functools.partial(back, spectrum), note=few, ends=True, onward=onward)
-            made = Node(next(env.nodes), self.size, [way], list(alias.terms))
+            pull = functools.partial(back, spectrum)
+            way = Way(node, pull, notes=notes, ends=True, onward=onward, aligned=True)
+            made = Node(next(env.nodes), self.size, [way], list(alias.terms), copy_of=(node, np.ones(())))
             alias.slopes = {made: unit(len(self.size))}
         return alias
 
@@ -156,7 +168,15 @@ class Normalization:
 
         source = Source(shape, m - n if m.any() else m * 0.0, project(second), distribution(value.terms),
                         kin_of(value.terms))  # fmt: skip
-        return env.made(source, [(value, project)])
+        whole = sole_source(value.terms)
+        if whole is not None:
+            source.linear_in, source.uses = whole.likes, whole.uses
+            raw = whole.alike[0] if whole.alike is not None else whole
+            source.alike = (raw, source.second) if raw.shape == shape else None
+        made = env.made(source, [(value, project)], aligned=True)
+        for node in made.slopes:
+            node.copy_of = node.inputs[0].node.copy_of
+        return made
 
 
 def _groups(

@@ -23,7 +23,7 @@ from scipy import special
 
 from fixup_init import quadrature
 from fixup_init.jaxprs import p
-from fixup_init.moments.distributions import distribution, of_positive_sum
+from fixup_init.moments.distributions import distribution, of_signed_sum
 from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import PROFILE, Lattice, joined, parted, same, settled
 from fixup_init.moments.polynomials import DEPENDENT, kin_of, moments_of
@@ -128,7 +128,7 @@ def sorted_source(value: Value, axis: int, k: int, descending: bool) -> Source:
     shape = tuple(k if a == axis else s for a, s in enumerate(value.shape))
     mean = mean.reshape([-1 if a == axis else 1 for a in range(rank)])
     square = same(second, rank)
-    quantile = distribution(value.terms) if k > PROFILE else of_positive_sum(value.terms, mean, square)
+    quantile = distribution(value.terms) if k > PROFILE else of_signed_sum(value.terms, mean, square)
     return Source(shape, mean, settled(second, shape), quantile, kin_of(value.terms))
 
 

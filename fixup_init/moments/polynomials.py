@@ -15,9 +15,10 @@ import numpy as np
 from fixup_init import quadrature
 from fixup_init.moments.expectations import expected, pair
 from fixup_init.moments.lattice import Lattice, Profile, crossed, kept, same, settled
-from fixup_init.moments.values import Factors, Source, Term, Value
+from fixup_init.moments.values import Factors, Source, Term, Use, Value
 from fixup_init.quadrature import X
 
+ALIKE = "approximate: a value and another one that was made of it without weights are taken as independent"
 DEPENDENT = "approximate: values that depend on each other are taken as independent"
 
 
@@ -54,7 +55,19 @@ def scaled(terms: Iterable[Term], c: float | Profile) -> list[Term]:
 
 
 def cross_of(a: Source, b: Source) -> Lattice | None:
-    """E a_i b_j where b is the sum of a over some axes, in the shape of a."""
+    """E a_i b_j where b is the sum of a over some axes, in the shape of a, or a normalized."""
+    found = _sum_of(a, b)
+    return found if found is not None else _normalized(a, b)
+
+
+def _normalized(a: Source, b: Source) -> Lattice | None:
+    for whole, part in ((a, b), (b, a)):
+        if part.alike is not None and part.alike[0] is whole:
+            return part.alike[1]
+    return None
+
+
+def _sum_of(a: Source, b: Source) -> Lattice | None:
     for whole, part in ((a, b), (b, a)):
         link = part.sum_of
         if link is not None and link[0] is whole and whole.shape == part.shape:
@@ -127,8 +140,37 @@ def kin_of(terms: Iterable[Term]) -> frozenset[int]:
 def are_dependent(terms: Sequence[Term]) -> bool:
     """Whether sources that share what they are made of meet in a polynomial."""
     sources = list({s for _, f in terms for s in f})
+    straight = all(len(f) <= 1 and all(h is X for h in f.values()) for _, f in terms)
     for k, a in enumerate(sources):
         for b in sources[:k]:
-            if a.relatives & b.relatives and cross_of(a, b) is None:
+            if a.relatives & b.relatives and (cross_of(a, b) if straight else _sum_of(a, b)) is None:
                 return True
     return False
+
+
+def resemble(left: Sequence[Term], right: Sequence[Term]) -> bool:
+    """Whether a sum of two polynomials has terms that are copies or sums of one source, in ways not accounted for."""
+    for (_, f), (_, g) in itertools.product(left, right):
+        for a, b in itertools.product(f, g):
+            if a is b or not a.likes & b.likes:
+                continue
+            straight = len(f) == len(g) == 1 and f[a] is X and g[b] is X
+            if not straight or cross_of(a, b) is None:
+                return True
+    return False
+
+
+def likes_of(terms: Iterable[Term]) -> frozenset[int]:
+    """What a polynomial is a sum of."""
+    return frozenset[int]().union(*(s.likes for _, f in terms if len(f) == 1 for s, h in f.items() if h is X))
+
+
+def uses_of(terms: Iterable[Term]) -> frozenset[Use]:
+    """Uses of random weights that a polynomial is made of."""
+    return frozenset[Use]().union(*(s.uses for _, f in terms for s in f))
+
+
+def used_twice(left: Sequence[Term], right: Sequence[Term]) -> frozenset[int]:
+    """Random weights that two polynomials were made by in different operations."""
+    one, other = uses_of(left), uses_of(right)
+    return frozenset(w for w, k in one for v, l in other if w == v and k != l)

@@ -11,7 +11,8 @@ from fixup_init.jaxprs import p
 from fixup_init.moments.distributions import distribution
 from fixup_init.moments.environment import Environment, Rule
 from fixup_init.moments.lattice import Lattice, joined, parted, settled
-from fixup_init.moments.polynomials import kin_of, moments_of
+from fixup_init.moments.neighbours import of_windows
+from fixup_init.moments.polynomials import kin_of, likes_of, moments_of
 from fixup_init.moments.reductions import POOLED, largest
 from fixup_init.moments.values import Source, Value
 from fixup_init.moments.windows import Window
@@ -41,13 +42,15 @@ def window_sum(env: Environment, op: Op, args: list[Value]) -> Value:
     n = math.prod(w.taps for w in windows)
     quantile = None if n >= 8 else distribution(value.terms)
     source = Source(shape, mean, settled(second, shape), quantile, kin_of(value.terms))
+    aligned = shape == value.shape
+    source.linear_in = likes_of(value.terms) if aligned else source.linear_in
 
     def back(l: Lattice) -> Lattice:
         for a in used:
             l = windows[a].spread_back(l, a, rank)
         return settled(l, value.shape)
 
-    return env.made(source, [(value, back)], keeps=n == 1)
+    return env.made(source, [(value, back)], of_windows(value, windows), keeps=n == 1, aligned=aligned)
 
 
 def window_max(env: Environment, op: Op, args: list[Value]) -> Value:
@@ -80,7 +83,7 @@ def window_max(env: Environment, op: Op, args: list[Value]) -> Value:
             l = joined(near, far * uses / max(windows[a].counts.mean(), 1e-12), a)
         return settled(l * math.prod(windows[a].out / windows[a].size for a in used), value.shape)
 
-    return env.made(source, [(value, back)], {POOLED} if n > 1 else ())
+    return env.made(source, [(value, back)], of_windows(value, windows) | ({POOLED} if n > 1 else set()))
 
 
 RULES: dict[Any, Rule] = {

@@ -7,6 +7,7 @@ do after the same move.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from fixup_init.moments.lattice import (
     summed,
     total,
 )
+from fixup_init.moments.neighbours import of_merged
 from fixup_init.moments.reshaping import profile_reshaped, reshaped
 from fixup_init.moments.values import Node, Source, Value, Way, padded, unit
 from fixup_init.program import Op
@@ -54,7 +56,9 @@ def moved(env: Environment, value: Value, move: Move) -> Value:
         if move.key not in source.images:
             second = settled(move.beside(move.lattice(source.second), source.mean), move.shape)
             new = Source(move.shape, move.profile(source.mean), second, source.quantile, source.relatives)
-            new.picks = source.picks
+            new.picks, new.assumed, new.uses = source.picks, source.assumed, source.uses
+            if math.prod(move.shape) >= math.prod(source.shape):  # else another part of it may be independent
+                new.linear_in = source.likes
             if source.sum_of is not None and move.where is not None:
                 whole, axes, where = source.sum_of
                 new.sum_of = whole, axes, move.where(where)
@@ -112,6 +116,7 @@ def reshaped_value(env: Environment, value: Value, shape: tuple[int, ...]) -> Va
         lambda l: reshaped(l, shape, before), where,
     )  # fmt: skip
     result = moved(env, value, move)
+    result.notes |= of_merged(value, shape)
     if value.visible is not None:
         seen = value.visible
         seen = seen.reshape(padded(seen.shape, len(before)))

@@ -16,7 +16,7 @@ from scipy import special
 
 from fixup_init import quadrature
 from fixup_init.jaxprs import p
-from fixup_init.moments.distributions import distribution, drawn_at, draws, of_positive_sum
+from fixup_init.moments.distributions import distribution, drawn_at, draws, of_signed_sum
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import Lattice, Profile, repeated, same, settled, total, widened
 from fixup_init.moments.polynomials import kin_of, moments_of
@@ -39,10 +39,10 @@ def reduce_sum(env: Environment, op: Op, args: list[Value]) -> Value:
     n = math.prod(before[a] for a in axes)
     whole, line = settled(total(second, axes, before), shape), n * mean.mean(axes)
     if n >= 8:
-        quantile = of_positive_sum(value.terms, line, same(whole, len(shape)))
+        quantile = of_signed_sum(value.terms, line, same(whole, len(shape)))
     else:
         quantile = _exclusive(value, axes, second, n) or distribution(value.terms)
-    source = Source(shape, line, whole, quantile, kin_of(value.terms))
+    source = Source(shape, line, whole, quantile, kin_of(value.terms), assumed=n >= 8 and quantile is not None)
     if (summed := sole_source(value.terms)) is not None:
         source.sum_of = summed, axes, tuple(a for a in range(len(before)) if a not in axes)
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+
+import numpy as np
 
 from fixup_init.jaxprs import p
 from fixup_init.moments.interpreter import Interpreter
@@ -26,12 +29,14 @@ class Root:
 
     source: int
     axes: tuple[int, ...]
+    total: Op  # the sum
     end: Op
+    alone: bool  # whether what lies between is used for nothing else
 
     def __call__(self, env: Interpreter, op: Op) -> list[Value]:
         x, value = env.read(self.source), env.apply(op)[0]
         node = None if x.unknown or value.unknown else env.node(x)
-        if node is None:
+        if node is None or not self.alone:
             return [value]
         length = math.prod(x.shape[a] for a in self.axes) * float(same(moments_of(x)[1], x.rank).mean())  # E |x|^2
         if not length > 0:
@@ -45,7 +50,17 @@ class Root:
 
         if (source := env.collapse(value)) is None:
             return [value]
-        return [env.made(source, [(Value(x.shape, slopes={direction: unit(x.rank)}), back)], value.notes)]
+        _only_shown(env.node(env.read(self.total.inputs[0])))
+        straight = Value(x.shape, slopes={direction: unit(x.rank)})
+        return [env.made(source, [(straight, back), (value, lambda l: l)], value.notes)]
+
+
+def _only_shown(squares: Node | None) -> None:
+    """Cotangents of squares are shown, but go on to what is squared by another way."""
+    while squares is not None and [w.keeps for w in squares.inputs] == [True]:
+        squares = squares.inputs[0].node
+    if squares is not None:
+        squares.inputs = [w if w.node.meter else Way(w.node, np.zeros_like) for w in squares.inputs]
 
 
 def roots(program: Program) -> list[Root]:
@@ -56,6 +71,10 @@ def roots(program: Program) -> list[Root]:
     for op in program.ops:
         if fixed.issuperset(op.inputs):
             fixed.update(op.outputs)
+    users: dict[int, list[Op]] = {}
+    for op in program.ops:
+        for v in op.inputs:
+            users.setdefault(v, []).append(op)
     found = []
     for op in program.ops:
         if op.primitive is not p.sqrt_p:
@@ -73,8 +92,27 @@ def roots(program: Program) -> list[Root]:
             continue
         axes, before = tuple(total.params["axes"]), program.shape(square.inputs[0])
         if is_reduced(program.shape(op.outputs[0]), before, axes):
-            found.append(Root(square.inputs[0], axes, op))
+            source = square.inputs[0]
+            found.append(Root(source, axes, total, op, _is_alone(program, maker, users, source, op)))
     return found
+
+
+def _is_alone(program: Program, maker: Mapping[int, Op], users: Mapping[int, list[Op]], source: int, end: Op) -> bool:
+    """Whether all between a value and an operation is made for that alone."""
+    between, todo = set[int](), [v for v in end.inputs if v in maker]
+    while todo:
+        value = todo.pop()
+        if value not in between and value != source:
+            between.add(value)
+            todo += [v for v in maker[value].inputs if v in maker]
+    on_way, todo = set[int](), [source]
+    while todo:
+        for user in users.get(todo.pop(), ()):
+            new = [v for v in user.outputs if v in between and v not in on_way]
+            on_way.update(new)
+            todo += new
+    inside = all(u is end or on_way.issuperset(u.outputs) for v in on_way for u in users.get(v, ()))
+    return inside and not on_way.intersection(program.outputs)
 
 
 def _squares(op: Op) -> bool:

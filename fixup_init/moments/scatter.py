@@ -15,7 +15,7 @@ import numpy as np
 from fixup_init import jaxprs
 from fixup_init.jaxprs import p
 from fixup_init.moments.combining import combined, complement
-from fixup_init.moments.distributions import of_positive_sum
+from fixup_init.moments.distributions import of_signed_sum
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import PROFILE, Lattice, joined, parted, same, settled
 from fixup_init.moments.places import Places, places_of
@@ -119,7 +119,7 @@ def scatter_add(env: Environment, op: Op, args: list[Value]) -> Value:
     new = written.unfolded(places.collected(written.inward(second)))
     line = _mean(written, mean, places.count * places.shares)
     source = Source(
-        shape, line, new, of_positive_sum(updates.terms, line, same(new, len(shape))),
+        shape, line, new, of_signed_sum(updates.terms, line, same(new, len(shape))),
         kin_of(updates.terms) | kin_of(indices.terms),
     )  # fmt: skip
 

@@ -20,12 +20,12 @@ from fixup_init.jaxprs import p
 from fixup_init.moments.environment import Environment
 from fixup_init.moments.lattice import PROFILE, WIDE, Lattice, settled
 from fixup_init.moments.polynomials import kin_of, second_of
-from fixup_init.moments.values import Source, Value, padded, unknown
+from fixup_init.moments.values import Forward, Source, Value, padded, unknown
 from fixup_init.program import IDENTITY, Op, Program
 from fixup_init.quadrature import Quantile
 
 INSIDE = "an exponential inside of a softmax"
-TOKENS = (
+TOKENS = Forward(
     "approximate: attention weights are taken as independent of the values that they weigh; tokens that are alike get "
     "similar weights, so that more is measured unless features are many more than tokens"
 )
@@ -299,4 +299,4 @@ def softmax_of(env: Environment, value: Value, axes: tuple[int, ...]) -> Value:
                 found[mask] = found[with_keys(mask)]
         return settled(found, shape)
 
-    return env.made(source, [(value, back)], notes, back_note=SCORES)
+    return env.made(source, [(value, back)], notes, back_notes={SCORES})

@@ -49,13 +49,13 @@ def of_values(ends: Iterable[Node]) -> dict[Node, Spread]:
     found: dict[Node, Spread] = {}
     for number in sorted(nodes):
         node = nodes[number]
-        if not node.inputs:
+        if not node.ways:
             found[node] = Spread(of_data(node))
             continue
-        before = sum(_share(node, way) * found[way.node].deviation for way in node.inputs)
-        units = node.layer.units if node.layer else min(found[way.node].units for way in node.inputs)
+        before = sum(_share(node, way) * found[way.node].deviation for way in node.ways)
+        units = node.layer.units if node.layer else min(found[way.node].units for way in node.ways)
         own = _WEIGHTS / units if node.layer else 0.0
-        if any(_bends(way) for way in node.inputs):
+        if any(_bends(way) for way in node.ways):
             own += _BENT / units
         found[node] = Spread(math.hypot(before, math.sqrt(own)), units)
     return found
@@ -73,7 +73,7 @@ def of_cotangent(node: Node, way: Way, own: float, values: Mapping[Node, Spread]
         return math.hypot(own, values.get(way.node, nothing).deviation)
     if node.layer:
         return math.hypot(own, math.sqrt(_WEIGHTS / node.layer.reads))
-    factors = sum(values.get(other.node, nothing).deviation for other in node.inputs if other is not way)
+    factors = sum(values.get(other.node, nothing).deviation for other in node.ways if other is not way)
     if way.pull is not None:
         return math.hypot(own, factors)
     if _bends(way):
@@ -90,7 +90,7 @@ def _share(node: Node, way: Way) -> float:
     """The change of the logarithm of a node's second moment with that of one that it was made of."""
     if way.ends:
         return 0.0
-    if way.pull is not None or len(node.inputs) == 1:
+    if way.pull is not None or len(node.ways) == 1:
         return 1.0
     whole = _square(node, node.terms)
     part = _square(node, way.slope) * _square(way.node, way.node.terms)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,10 @@ from fixup_init.moments.lattice import PROFILE, Lattice, Profile, settled
 from fixup_init.quadrature import Formula, Quantile, X
 
 numbers = itertools.count()
+
+Use = tuple[int, int]  # the number of a source, and the operation that uses it
+Reach = tuple[float, float]  # the smallest and the largest that an entry can be
+ANYWHERE: Reach = (-math.inf, math.inf)
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,17 +34,34 @@ class Source:
     quantile: Quantile | None = None
     kin: frozenset[int] = frozenset()  # sources that it is made of, but for random weights in between
     sum_of: tuple[Source, tuple[int, ...], tuple[int, ...]] | None = None  # source, axes summed, where others went
+    alike: tuple[Source, Lattice] | None = None  # of a normalized value: what it was, and E of products with it
+    linear_in: frozenset[int] = frozenset()  # sources that it is a sum, a scaled or a moved copy of
+    uses: frozenset[Use] = frozenset()  # of random weights, which made it
     picks: tuple[Source, Source, int] | None = None  # where it says which is largest: of what, that one, the axis
     truth: bool = False  # whether it is 0 or 1, so that its square is itself
+    assumed: bool = False  # whether only moments and a sign of it are known, and the distribution is taken to fit
     counts: tuple[Source, Source] | None = None  # of a cumulative sum: of what, and the sum without the last one
     number: int = dataclasses.field(default_factory=lambda: next(numbers))
     images: dict[Any, Source] = dataclasses.field(default_factory=dict)
     expectations: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def likes(self) -> frozenset[int]:
+        """What it is a copy or a sum of, and itself."""
+        return self.linear_in | {self.number}
+
+    @property
     def relatives(self) -> frozenset[int]:
         """What it is made of, and itself."""
         return self.kin | {self.number}
+
+
+class Forward(str):
+    """A note that says nothing of gradients."""
+
+
+class Trait(str):
+    """A property that goes with the notes of a value and is not shown, until an operation says what it does to it."""
 
 
 Factors = dict[Source, Formula]  # a function of each source
@@ -54,6 +76,7 @@ class Layer:
     axes: tuple[int, ...]
     reads: int
     fan: int
+    weights: frozenset[int] = frozenset()  # by the numbers of sources
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,6 +89,13 @@ class Node:
     terms: list[Term] = dataclasses.field(default_factory=list)  # the value, when the node was made
     source: Source | None = None  # that the value became since
     layer: Layer | None = None  # random weights that made it
+    copy_of: tuple[Node, Profile] | None = None  # of a normalized value: the node of what it was, and a scale since
+    meter: bool = False  # whether it only shows the cotangent that comes to it: what made it gets its own beside
+
+    @property
+    def ways(self) -> list[Way]:
+        """Those on which cotangents go on."""
+        return [way for way in self.inputs if not way.node.meter]
 
     @property
     def is_elementwise(self) -> bool:
@@ -81,8 +111,10 @@ class Way:
     pull: Callable[[Lattice], Lattice] | None = None
     slope: Sequence[Term] = ()
     keeps: bool = False  # whether entries are only moved
-    note: str = ""  # what to know about a cotangent that comes by it
+    notes: frozenset[str] = frozenset()  # what to know about a cotangent that comes by it
     ends: bool = False  # whether a normalization takes the size of the value away
+    aligned: bool = False  # whether an entry's cotangent goes mostly to the same entry
+    apart: bool = False  # whether what it has in common with other ways is taken into account
     onward: Callable[[Lattice], Lattice] | None = None  # in place of `pull`, for what random weights behind it meet
 
 
@@ -99,6 +131,8 @@ class Value:
     visible: np.ndarray | None = None  # truth values that broadcast to it: False where a softmax shall give 0
     rows: int = 0  # of whole numbers below this that are equally likely
     bits: bool = False  # random bits
+    reach: Reach = ANYWHERE
+    tail: str = ""  # why its moments are not known, though it is a known function of its sources
     imaginary: Value | None = None  # part of a complex value, whose real part this is
 
     @property

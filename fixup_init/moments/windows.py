@@ -39,6 +39,14 @@ class Window:
         return self.valid.sum(1)
 
     @functools.cached_property
+    def matrix(self) -> np.ndarray:
+        """1 for each window and entry that meet."""
+        found = np.zeros((self.out, self.size))
+        h, k = np.nonzero(self.hits >= 0)
+        found[h, self.hits[h, k]] = 1.0
+        return found
+
+    @functools.cached_property
     def shares(self) -> np.ndarray:
         """In which share of the other windows a tap meets something too, for each window and tap that does."""
         return self.valid * (self.valid.sum(0) - 1) / max(self.out - 1, 1)
