@@ -16,7 +16,8 @@ __all__ = ["leading", "places"]
 def leading(graph: Graph, values: Iterable[int]) -> set[int]:
     """The nodes that lead to some values, their own among them, carries of scans included."""
     out_of = {graph.node_of[i]: graph.node_of[o] for i, o in _carries(graph)}
-    return _closure((graph.node_of[v] for v in values), lambda n: _with(graph.parents[n], out_of.get(n)))
+    nodes = (graph.node_of[v] for v in values if v in graph.node_of)
+    return _closure(nodes, lambda n: _with(graph.parents[n], out_of.get(n)))
 
 
 def places(graph: Graph, taps: Sequence[Tap]) -> Callable[[int, tuple[int, ...]], Place]:
