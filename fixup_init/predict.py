@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fixup_init import jaxprs, moments, schemes, taps
+from fixup_init import jaxprs, moments, schemes, series, taps
 from fixup_init.branch import arms_of
 from fixup_init.frameworks import ModelError
 from fixup_init.graph import Graph, Leaf, ancestors
@@ -115,6 +115,9 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
     before = ancestors(graph, [graph.node_of[v] for v in starts]) or set()
     broken = _broken(traced, interpreter, before)
     channels = _channels(graph, tapped)
+    leading = series.leading(graph, starts)
+    place = series.places(graph, tapped)
+    index = {id(tap): k for k, tap in enumerate(tapped)}
     rows: list[Row] = []
     sums = 0
     counted: set[tuple[int, tuple[int, ...]]] = set()
@@ -156,12 +159,13 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
                 if not math.isfinite(backward.variance):
                     backward = None
                     notes.add("backward unknown: a rule was not found on the way")
-            elif graph.node_of[tap.value] <= max(before, default=-1):  # no way leads here, or one that is zero
+            elif graph.node_of[tap.value] in leading:  # by ways that are zero
                 backward = Statistics(0.0, 0.0, 0.0)
         rows.append(
             Row(
                 tap.kind, tap.name, tap.scope, sums, program.shape(tap.value), str(program.dtype(tap.value)),
                 at[-1] if at else None, forward, backward, note="; ".join(sorted(notes)),
+                place=place(index[id(tap)], at),
             )
         )  # fmt: skip
     return Propagation(

@@ -124,7 +124,7 @@ class Row:
       backward: statistics of its cotangent; None where none was measured.
       weight: norms of the layer's kernel and its gradient, for measured rows of kind "weight".
       note: what to know about the row, in words; '' where there is nothing.
-      place: where it stands in the network; None where that is not known, as in a prediction.
+      place: where it stands in the network; None where that is not known, as in files of before.
     """
 
     kind: RowKind

@@ -110,3 +110,23 @@ def test_a_scale_before_relu_is_not_zero() -> None:
     assert plan["BatchNorm_0/scale"].value == 1
     assert any("does not start at 0" in note for note in plan.notes)
     assert fi.plan(Branches(lambda h: nn.BatchNorm(use_running_average=False)(h)), X)["BatchNorm_0/scale"].value == 0
+
+
+def test_zeros_that_stay_zero_are_told() -> None:
+    """Set by hand, behind a relu: no gradient reaches them, which is no state of the first steps."""
+    model = Branches(nn.relu)
+    variables = fi.init(model, KEY, X, scheme="he_normal")
+    for k in range(4):
+        variables["params"][f"layer{k}1"]["kernel"] *= 0
+    found = [v for v in fi.analyze(model, variables, X).verdicts() if "never leaves zero" in v.text]
+    assert len(found) == 1 and found[0].severity == "warning" and "4 layers" in found[0].text
+    well = fi.analyze(model, fi.init(model, KEY, X), X).verdicts()
+    assert not any("never leaves zero" in v.text for v in well)
+    ended = Ended(nn.relu)
+    variables = ended.init(KEY, X)
+    variables["params"]["head"]["kernel"] *= 0
+    found = fi.analyze(ended, variables, X, loss=lambda y: jnp.square(y - 1).mean()).verdicts()
+    assert any("never leaves zero" in v.text for v in found)
+    variables = fi.init(Ended(jnp.tanh), KEY, X)
+    found = fi.analyze(Ended(jnp.tanh), variables, X, loss=lambda y: jnp.square(y - 1).mean()).verdicts()
+    assert not any("never leaves zero" in v.text for v in found)

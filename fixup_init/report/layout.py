@@ -225,16 +225,8 @@ def pairs(
         fits = (p for p in waiting if (lone or p.label in names) and [_identity(r) for r in p.rows] == rows)
         mine = next(fits, None)
         waiting = [p for p in waiting if p is not mine]
-        found.append(Pair(one, None if mine is None else _placed(mine, one)))
+        found.append(Pair(one, mine))
     return (*found, *map(Pair, waiting))
-
-
-def _placed(predicted: Propagation, measured: Propagation) -> Propagation:
-    """A prediction whose rows stand where the measured ones do, so that both have the same stream."""
-    if len(predicted.stream) == len(measured.stream):
-        return predicted
-    rows = zip(predicted.rows, measured.rows, strict=True)
-    return dataclasses.replace(predicted, rows=tuple(dataclasses.replace(r, place=m.place) for r, m in rows))
 
 
 def _identity(row: Row) -> tuple[Hashable, ...]:

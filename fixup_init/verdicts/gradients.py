@@ -31,6 +31,7 @@ def zero_gradients(propagation: Propagation) -> Iterator[Verdict]:
     head = zero_head(propagation)
     weights = [k for k in rows_of(propagation, "weight") if k not in head and rows[k].forward is not None]
     zero = [k for k in weights if _gradient(rows[k]) == 0]
+    yield from _stuck(propagation, head)
     if head and propagation.probe in _WHOLE:
         if not zero:  # other layers feed the output beside the head
             return
@@ -82,6 +83,32 @@ def zero_gradients(propagation: Propagation) -> Iterator[Verdict]:
             f"{listed(rows[k].name for k in wrong)}. Such a layer does not learn.",
             tuple(wrong), 0.0,
             "Look behind the first of them for dead units, a saturated softmax, a stop_gradient or a zero kernel.",
+        )  # fmt: skip
+
+
+def _stuck(propagation: Propagation, head: tuple[int, ...]) -> Iterator[Verdict]:
+    """Zero layers at the end of a branch, or heads, that no gradient reaches: relu passes none at zero."""
+    rows = propagation.rows
+    stuck = []
+    for k in rows_of(propagation, "weight"):
+        weight, cotangent = rows[k].weight, rows[k].backward
+        if weight is None or weight.parameter_norm or weight.gradient_norm or cotangent is None:
+            continue
+        if cotangent.second_moment != 0:
+            continue
+        end = row_after(propagation, k, "branch", stop="sum")
+        between = range(k + 1, end) if end is not None else ()
+        others = any((w := rows[j].weight) is not None and not w.parameter_norm for j in between)
+        arrives = end is not None and moment_of(rows[end], "backward") > 0 and not others
+        if arrives or (k in head and propagation.probe in _WHOLE):
+            stuck.append(k)
+    if stuck:
+        yield Verdict(
+            "zero_gradient", "backward", "warning",
+            f"{layer_count(len(stuck))} of zeros {'gets' if len(stuck) == 1 else 'get'} no gradient, since what is "
+            f"behind passes none at zero, as relu does: {listed(rows[k].name for k in stuck)}. Such a layer never "
+            "leaves zero.",
+            tuple(stuck), 0.0, f"{call_of('fixup')} starts such layers, and such layers alone, away from zero.",
         )  # fmt: skip
 
 
