@@ -100,9 +100,11 @@ def _passes(graph: Graph, step: Op, at: int, zero: set[int], alive: set[int]) ->
     others = [v for k, v in enumerate(step.inputs) if k != at]
     if step.primitive in _PRODUCTS or (step.primitive is p.div_p and at == 0):
         return not any(v in zero for v in others)
+    if step.primitive in _LINEAR:
+        return True
     if not all(jnp.issubdtype(graph.program.dtype(v), jnp.floating) for v in (step.inputs[at], *step.outputs)):
         return True  # of complex numbers nothing is claimed
-    if len(step.inputs) == 1 and step.primitive not in _LINEAR and not quadrature.is_elementwise(step.primitive):
+    if len(step.inputs) == 1 and not quadrature.is_elementwise(step.primitive):
         call = quadrature.slope_by_rule(step, [quadrature.X], [graph.program.avals[step.inputs[0]]], 0)
         return call is None or _at_zero(call) != 0
     formula = _formula(graph, step, at, slope=True)
