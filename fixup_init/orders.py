@@ -419,12 +419,13 @@ def _at_zero(graph: Graph, predicate: int) -> bool | None:
     or whether it is equal to any."""
     k = graph.maker.get(predicate)
     op = graph.program.ops[k] if k is not None else None
-    if (
-        op is not None
-        and op.primitive in (p.eq_p, p.ne_p)
-        and jnp.issubdtype(graph.program.dtype(op.inputs[0]), jnp.floating)
-    ):
-        return op.primitive is p.ne_p  # small is not zero: a guard of a division
+    if op is not None and op.primitive in (p.eq_p, p.ne_p):
+        left, right = op.inputs
+        if left == right:
+            return op.primitive is p.eq_p  # is it no number?
+        floating = jnp.issubdtype(graph.program.dtype(left), jnp.floating)
+        guard = floating and (graph.literal(left) is not None) != (graph.literal(right) is not None)
+        return op.primitive is p.ne_p if guard else None  # small is not zero: a guard of a division
     if op is None or op.primitive not in _COMPARISONS:
         return None
     left, right = (0.0 if graph.is_activation(v) else None if graph.kind[v] else graph.literal(v) for v in op.inputs)
