@@ -438,16 +438,19 @@ def test_a_plan_covers_every_parameter(case: Case, normalization: str) -> None:
 
 
 MEASURED = ("squeeze-excite", "function", "s4d", "equinox-mlp", "lora")
-# Branches that no parameter can bring to zero.
+# Branches that no parameter can bring to zero, or not without leaving them dead.
 NEVER_ZERO = {
     "esrgan": "0.2 f(x) + x, where f is itself a chain of residuals: it holds x",
     "film": "a shift from the question is added at the end of the branch",
     "fnet": "a branch without parameters",
+    "gin": "relu is last, and passes no gradient at zero",
+    "tcn": "relu is last, and passes no gradient at zero",
 }
 # Streams that the model itself rescales.
 RESCALED = {
     "deepnorm": "alpha x + f(x), alpha = sqrt(2)",
     "fnet": "its branches are not zero",
+    "gin": "its branches are not zero, and sum over neighbours",
     "resnet20-v2": "shortcuts that pool and pad",
     "resnet20-v2-nnx": "shortcuts that pool and pad",
     "resnet56-v2": "shortcuts that pool and pad",
