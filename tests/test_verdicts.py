@@ -505,7 +505,7 @@ def test_all_zero_heads_are_named_and_the_rest_is_said_of_what_they_hide() -> No
     found = measured(TWO_HEADS, VECTORS, "fixup")
     assert found.probe == "input of the head"
     head = the(found, "zero_gradient")
-    assert "The head (policy, value) is zero" in head.text
+    assert "The heads (policy, value) are zero" in head.text
     assert "for every layer that reaches the output only through it" in head.text
     assert {found.rows[k].name for k in head.rows} == {"stem", "blocks/0/1", "blocks/1/1", "p1", "v1", "v2"}
     assert serious(found) == []
@@ -520,7 +520,7 @@ def test_heads_of_a_network_without_sums_are_all_named() -> None:
     params = fi.init(model, jax.random.key(0), VECTORS, scheme="he")
     params |= {n: 0 * params[n] for n in ("policy", "value")}
     text = the(fi.analyze(model, params, VECTORS, probe="output"), "zero_gradient").text
-    assert "The head (policy, value) is zero, so that 1 layer of 3 has a gradient" in text
+    assert "The heads (policy, value) are zero, so that 1 layer of 3 has a gradient" in text
 
 
 def test_a_zero_head_beside_others_that_leaves_gradients_to_all_says_nothing() -> None:

@@ -32,6 +32,9 @@ def zero_gradients(propagation: Propagation) -> Iterator[Verdict]:
     weights = [k for k in rows_of(propagation, "weight") if k not in head and rows[k].forward is not None]
     zero = [k for k in weights if _gradient(rows[k]) == 0]
     yield from _stuck(propagation, head)
+    heads = "head" if len(head) == 1 else "heads"
+    named = f"The {heads} ({listed(rows[k].name for k in head)}) {'is' if len(head) == 1 else 'are'}"
+    moves = f"the {heads} {'moves' if len(head) == 1 else 'move'} at step 0"
     if head and propagation.probe in _WHOLE:
         if not zero:  # other layers feed the output beside the head
             return
@@ -39,9 +42,9 @@ def zero_gradients(propagation: Propagation) -> Iterator[Verdict]:
         first = f", {listed(rows[k].name for k in ends)} among them" if ends else ""
         yield Verdict(
             "zero_gradient", "backward", "note",
-            f"The head ({listed(rows[k].name for k in head)}) is zero, so that {layer_count(len(zero))} of "
+            f"{named} zero, so that {layer_count(len(zero))} of "
             f"{len(weights) + len(head)} {'has' if len(zero) == 1 else 'have'} a gradient of exactly zero at step 0. "
-            "This is expected: the head moves at step 0, what is outside of branches or at their ends from step 1 on"
+            f"This is expected: {moves}, what is outside of branches or at their ends from step 1 on"
             f"{first}, and zero gradient is expected until step 2 for layers behind a zero one.",
             tuple(zero), None, 'To see the gradients behind the head, measure with probe="head".',
         )  # fmt: skip
@@ -61,9 +64,9 @@ def zero_gradients(propagation: Propagation) -> Iterator[Verdict]:
         )
         yield Verdict(
             "zero_gradient", "backward", "note",
-            f"The head ({listed(rows[k].name for k in head)}) is zero, so at step 0 the gradient of a loss is zero "
+            f"{named} zero, so at step 0 the gradient of a loss is zero "
             f"for every layer that reaches the output only through it ({propagation.kind} from the "
-            f"{propagation.probe}, it is not). This is expected: the head moves at step 0"
+            f"{propagation.probe}, it is not). This is expected: {moves}"
             f"{later if others else ''}.",
             tuple(others),
         )  # fmt: skip
