@@ -29,7 +29,7 @@ from fixup_init.compiled import jitted
 from fixup_init.cutting import Block, is_inlined, leading_to, reads
 from fixup_init.gathering import Gathering
 from fixup_init.graph import Graph
-from fixup_init.program import Arms, Body, Op, Shards, devices
+from fixup_init.program import Arms, Body, Op, Shards, all_steps, devices
 from fixup_init.statistics import SIZE, Layout, combined, gather, measure, norm
 
 __all__ = ["Pulled", "backward", "forward"]
@@ -131,7 +131,7 @@ def _function(graph: Graph, block: Block) -> Callable[..., tuple[list[Any], list
     taps = dict(block.taps)
     literals = {
         v: graph.program.constants[v]
-        for s in _all_steps(block.steps)
+        for s in all_steps(block.steps)
         for v in (*reads(s), *itertools.chain(*(s.body.results if s.body is not None else ())))
         if is_inlined(graph, v)
     }
@@ -145,13 +145,6 @@ def _function(graph: Graph, block: Block) -> Callable[..., tuple[list[Any], list
         return [env[v] for v in block.outputs], [seen[v] for v, _ in block.taps] if slots is None else []
 
     return run
-
-
-def _all_steps(steps: Iterable[Op]) -> Iterable[Op]:
-    for s in steps:
-        yield s
-        for part in s.body.parts if s.body is not None else ():
-            yield from _all_steps(part)
 
 
 # What is wanted of an external's gradient: nothing, the array, or the norms over all axes but as many leading ones.

@@ -31,6 +31,7 @@ __all__ = [
     "Split",
     "ancestors",
     "build",
+    "carried_by",
     "latest_common_ancestor",
     "reaches",
     "varying",
@@ -449,6 +450,24 @@ def _one_hot(program: Program, maker: dict[int, int], value: int) -> bool:
             return False
         value = op.inputs[0]
     return False
+
+
+def carried_by(graph: Graph, loop: Loop) -> frozenset[int]:
+    """Nodes of a scan body on a path from a carry to a carry."""
+    starts = {graph.node_of[c] for c, _ in loop.carries if c in graph.node_of}
+    ends = [graph.node_of[o] for _, o in loop.carries if o in graph.node_of]
+    low = min(starts, default=0)
+    back, todo = set(ends), list(ends)
+    while todo:
+        for a in graph.parents[todo.pop()]:
+            if a >= low and a not in back:
+                back.add(a)
+                todo.append(a)
+    below = set(starts)
+    for n in sorted(back):
+        if any(a in below for a in graph.parents[n]):
+            below.add(n)
+    return frozenset(below & back)
 
 
 @dataclasses.dataclass(frozen=True)

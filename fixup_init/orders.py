@@ -398,17 +398,12 @@ def _formula(graph: Graph, made: Sequence[Op], root: int) -> quadrature.Formula:
     return env[made[-1].outputs[0]]
 
 
-_POWERS_AT_ZERO: dict[int, float] = {}
-
-
 def _power_at_zero(formula: quadrature.Formula) -> float:
     """k of f(x) ~ x^k near 0; 0 where f(0) is not 0, or not known."""
-    if formula.key not in _POWERS_AT_ZERO:
-        zero, *near = np.abs(quadrature.evaluate(formula, np.array([0.0, 0.01, -0.01, 0.02, -0.02])))
-        one, two = max(near[:2]), max(near[2:])
-        vanishes = zero < 1e-6 and 1e-6 < one < 1 and math.isfinite(two)
-        _POWERS_AT_ZERO[formula.key] = max(round(math.log2(two / one)), 0) if vanishes else 0.0
-    return _POWERS_AT_ZERO[formula.key]
+    zero, *near = map(abs, quadrature.at(formula, 0.0, 0.01, -0.01, 0.02, -0.02))
+    one, two = max(near[:2]), max(near[2:])
+    vanishes = zero < 1e-6 and 1e-6 < one < 1 and math.isfinite(two)
+    return max(round(math.log2(two / one)), 0) if vanishes else 0.0
 
 
 _COMPARISONS = {p.lt_p: operator.lt, p.le_p: operator.le, p.gt_p: operator.gt, p.ge_p: operator.ge}

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 __all__ = [
-    "Arm", "Arms", "Body", "Inside", "Loop", "Marker", "Op", "Program", "Shards", "devices", "split_axes", "with_body",
+    "Arm", "Arms", "Body", "Inside", "Loop", "Marker", "Op", "Program", "Shards", "all_steps", "devices", "split_axes",
+    "with_body",
 ]  # fmt: skip
 
 
@@ -217,6 +218,14 @@ class Program:
             self, ops=ops, steps=_fixed(self.steps, constants, self.avals), constants={**self.constants, **constants}
         )
         return fixed.returning(self.outputs)
+
+
+def all_steps(steps: Iterable[Op]) -> Iterator[Op]:
+    """Steps in order, and behind each those inside of it."""
+    for step in steps:
+        yield step
+        for part in step.body.parts if step.body is not None else ():
+            yield from all_steps(part)
 
 
 def devices(step: Op) -> int:

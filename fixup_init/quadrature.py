@@ -157,6 +157,17 @@ def evaluate(formula: Formula, x: np.ndarray) -> np.ndarray:
     return np.concatenate(found).reshape(np.shape(x)) if found else np.zeros(np.shape(x))
 
 
+_numbers: dict[Any, tuple[float, ...]] = {}
+
+
+def at(formula: Formula, *x: float) -> tuple[float, ...]:
+    """f at some numbers; kept, as equal functions stand in many layers."""
+    key = formula.key, x
+    if key not in _numbers:
+        _numbers[key] = tuple(map(float, evaluate(formula, np.array(x))))
+    return _numbers[key]
+
+
 def _evaluate(formula: Formula, x: np.ndarray, memo: dict[int, Any]) -> Any:
     if formula.key in memo:
         return memo[formula.key]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
-from fixup_init.graph import Graph
+from fixup_init.graph import Graph, carried_by
 from fixup_init.program import CARRY_IN, SLICE_IN, Loop
 from fixup_init.propagation import Place
 from fixup_init.taps import Tap
@@ -36,7 +36,7 @@ def places(graph: Graph, taps: Sequence[Tap]) -> Callable[[int, tuple[int, ...]]
     fed = _closure(layers, lambda n: _with(graph.users[n], into.get(n)))
     before = {a for n in layers for a in _with(graph.parents[n], out_of.get(n))}
     followed = _closure(before, lambda n: _with(graph.parents[n], out_of.get(n)))
-    carried = {loop: _carried(graph, loop) for tap in taps for loop in tap.loops}
+    carried = {loop: carried_by(graph, loop) for tap in taps for loop in tap.loops}
     own = _with_own_parameters(graph)
     chain = _longest_chain(graph, carried)
     units: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -78,14 +78,6 @@ def _carries(graph: Graph) -> list[tuple[int, int]]:
     return [(i, o) for i, o in pairs if i in graph.node_of and o in graph.node_of]
 
 
-def _carried(graph: Graph, loop: Loop) -> set[int]:
-    """Nodes of a scan body that lead from one pass to the next."""
-    pairs = [(graph.node_of[i], graph.node_of[o]) for i, o in loop.carries if i in graph.node_of and o in graph.node_of]
-    return _closure((i for i, _ in pairs), lambda n: graph.users[n]) & _closure(
-        (o for _, o in pairs), lambda n: graph.parents[n]
-    )
-
-
 def _with_own_parameters(graph: Graph) -> set[Loop]:
     """Scans over layers, whose passes have parameters of their own."""
     return {
@@ -94,7 +86,7 @@ def _with_own_parameters(graph: Graph) -> set[Loop]:
     }  # fmt: skip
 
 
-def _longest_chain(graph: Graph, carried: dict[Loop, set[int]]) -> set[int]:
+def _longest_chain(graph: Graph, carried: Mapping[Loop, Set[int]]) -> set[int]:
     """The weight layers on the path to an output that holds most of them, passes through scans counted; of paths with
     as many, the most direct one, which is that of a value and not that of its gate or of attention scores."""
     best: dict[int, tuple[int, int]] = {}  # layers on the way, less operations

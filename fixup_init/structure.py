@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from fixup_init import jaxprs, zero
 from fixup_init.branch import Branch as BranchNodes
 from fixup_init.branch import arms_of
-from fixup_init.graph import COPIES, Graph, ancestors, varying
+from fixup_init.graph import COPIES, Graph, ancestors, carried_by, varying
 from fixup_init.jaxprs import p
 from fixup_init.orders import has_rule
 from fixup_init.plain import plain
@@ -492,29 +492,11 @@ def _repeats(graph: Graph, carried: dict[Loop, frozenset[int]], node: int) -> in
     repeats = 1
     while loop is not None:
         if loop not in carried:
-            carried[loop] = _carried(graph, loop)
+            carried[loop] = carried_by(graph, loop)
         if node in carried[loop]:
             repeats *= loop.length
         loop = loop.parent
     return repeats
-
-
-def _carried(graph: Graph, loop: Loop) -> frozenset[int]:
-    """Nodes of a scan body on a path from a carry to a carry."""
-    starts = {graph.node_of[c] for c, _ in loop.carries if c in graph.node_of}
-    ends = [graph.node_of[o] for _, o in loop.carries if o in graph.node_of]
-    low = min(starts, default=0)
-    back, todo = set(ends), list(ends)
-    while todo:
-        for a in graph.parents[todo.pop()]:
-            if a >= low and a not in back:
-                back.add(a)
-                todo.append(a)
-    below = set(starts)
-    for n in sorted(back):
-        if any(a in below for a in graph.parents[n]):
-            below.add(n)
-    return frozenset(below & back)
 
 
 def _leads_to_layers(graph: Graph) -> set[int]:
@@ -560,25 +542,15 @@ def _not_zero(traced: Traced, heads: Iterable[int]) -> dict[int, str]:
     ends = {v for r in traced.residuals for b in r.branches for v in b.closing}
     ends |= {v for r in traced.residuals for b in r.branches for n in b.last for v in graph.layers[n].kernels}
     last = {v: n for n in heads for v in graph.layers[n].kernels}
-    read = zero.readers(graph)
-    cores = {graph.node_of[norm.core] for norm in traced.norms if norm.form == "train"}
-    found = {v: _HIDDEN for v, n in last.items() if cores and cores & _below(graph, n)}
-    return found | {v: _STUCK for v in (*ends, *last) if v not in found and not zero.learns(graph, read, v)}
+    used = zero.uses(graph)
+    cores = {norm.core for norm in traced.norms if norm.form == "train"}
+    hidden = {n for n in last.values() if cores and cores & graph.program.following([graph.value(n)])}
+    found = {v: _HIDDEN for v, n in last.items() if n in hidden}
+    return found | {v: _STUCK for v in (*ends, *last) if v not in found and not zero.learns(graph, used, v)}
 
 
 _HIDDEN = "a normalization behind it divides by its scale"
 _STUCK = "what is behind it passes no gradient at zero"
-
-
-def _below(graph: Graph, node: int) -> set[int]:
-    """The nodes that depend on one."""
-    found, todo = set[int](), [node]
-    while todo:
-        for u in graph.users.get(todo.pop(), ()):
-            if u not in found:
-                found.add(u)
-                todo.append(u)
-    return found
 
 
 def _parameters(
@@ -649,9 +621,8 @@ def _role(graph: Graph, node: int, value: int, leaf: int) -> Role:
             and sum(graph.is_activation(v) for v in o.inputs[o.primitive is p.select_n_p :]) > 1
             for u in graph.users[node]
         )  # fmt: skip
-        apart = _is_part(graph, value, leaf) or _scales_difference(graph, node) or _makes_features(graph, op, value)
-        mixed = _goes_through(graph, value, leaf, MIXING)  # a kernel of what makes the factor: a filter, a hypernetwork
-        return "other" if piecewise or apart or mixed else "multiplier"
+        apart = _is_made(graph, value, leaf) or _scales_difference(graph, node) or _makes_features(graph, op, value)
+        return "other" if piecewise or apart else "multiplier"
     if op.primitive in (p.add_p, p.sub_p):
         return "position" if _is_table(graph, node, value, leaf) else "bias"
     return "other"
@@ -667,14 +638,14 @@ def _scales_difference(graph: Graph, node: int) -> bool:
     )  # fmt: skip
 
 
-def _is_part(graph: Graph, value: int, leaf: int) -> bool:
-    """Whether a value is cut out of a parameter, by hand and not by a scan."""
-    return _goes_through(graph, value, leaf, (p.slice_p, p.dynamic_slice_p, p.gather_p, jaxprs.SPLIT, jaxprs.UNSTACK))
+_MAKING = MIXING | {p.slice_p, p.dynamic_slice_p, p.gather_p, jaxprs.SPLIT, jaxprs.UNSTACK}
 
 
-def _goes_through(graph: Graph, value: int, leaf: int, primitives: Collection[Any]) -> bool:
+def _is_made(graph: Graph, value: int, leaf: int) -> bool:
+    """Whether a value is cut out of a parameter, by hand and not by a scan, or made with it as a kernel: a filter, what
+    a hypernetwork returns."""
     made = [graph.program.ops[k] for k in graph.behind([value])]
-    return any(o.primitive in primitives and any(leaf in graph.origins.get(v, ()) for v in o.inputs) for o in made)
+    return any(o.primitive in _MAKING and any(leaf in graph.origins.get(v, ()) for v in o.inputs) for o in made)
 
 
 def _is_table(graph: Graph, node: int, value: int, leaf: int) -> bool:

@@ -6,80 +6,82 @@ from the derivatives that JAX has at zero, custom ones included (relu's is 0, th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 
 from fixup_init import jaxprs, quadrature
 from fixup_init.graph import COPIES, Graph
 from fixup_init.jaxprs import p
-from fixup_init.program import Arms, Op
+from fixup_init.orders import PRODUCT
+from fixup_init.program import Arms, Op, all_steps
 
-__all__ = ["learns", "readers"]
+__all__ = ["Uses", "learns", "uses"]
 
-_PRODUCTS = (p.mul_p, p.dot_general_p, p.conv_general_dilated_p)
 _SUMS = (p.add_p, p.sub_p)
 _LINEAR = COPIES | {
     p.reduce_sum_p, p.neg_p, p.slice_p, p.rev_p, p.gather_p, p.dynamic_slice_p, p.pad_p, p.name_p, p.cumsum_p,
     jaxprs.SPLIT, jaxprs.UNSTACK, jaxprs.TILE,
 }  # fmt: skip
 
-Readers = Mapping[int, Sequence[tuple[Op, int]]]
+
+@dataclasses.dataclass(frozen=True)
+class Uses:
+    """Where values of a program go, in scans, conditionals and shard_maps too.
+
+    Attributes:
+      readers: for each value the steps that read it, and as which of their inputs.
+      ends: results of the program and of what runs inside of a step, of which nothing more is asked.
+    """
+
+    readers: Mapping[int, Sequence[tuple[Op, int]]]
+    ends: frozenset[int]
 
 
-def readers(graph: Graph) -> Readers:
-    """For each value the steps that read it and where, in scans, conditionals and shard_maps too."""
+def uses(graph: Graph) -> Uses:
+    """Where the values of a model go."""
     found: dict[int, list[tuple[Op, int]]] = {}
-    for step in _all(graph.program.steps):
+    ends = set(graph.program.outputs)
+    for step in all_steps(graph.program.steps):
         for k, v in enumerate(step.inputs):
             found.setdefault(v, []).append((step, k))
-    return found
+        if step.body is not None:
+            ends.update(*step.body.results)
+    return Uses(found, frozenset(ends))
 
 
-def _all(steps: Sequence[Op]) -> Iterator[Op]:
-    for step in steps:
-        yield step
-        for part in step.body.parts if step.body is not None else ():
-            yield from _all(part)
-
-
-def learns(graph: Graph, read: Readers, leaf: int) -> bool:
+def learns(graph: Graph, used: Uses, leaf: int) -> bool:
     """Whether a gradient reaches a parameter while that is zero.
 
     Args:
       graph: the model.
-      read: of `readers`.
+      used: of `uses`.
       leaf: the parameter.
     """
-    zero: set[int] = set()
-    order: list[int] = []
+    zero: dict[int, None] = {}
     todo = [leaf]
     while todo:
         value = todo.pop()
-        if value in zero:
-            continue
-        zero.add(value)
-        order.append(value)
-        for step, k in read.get(value, ()):
-            todo.extend(_made_zero(graph, step, k, zero))
-    outputs = set(graph.program.outputs)
-    alive = {v for v in order if v in outputs}
+        if value not in zero:
+            zero[value] = None
+            for step, k in used.readers.get(value, ()):
+                todo.extend(_made_zero(graph, step, k, zero))
+    alive = used.ends & zero.keys()
     grown = True
     while grown:
         before = len(alive)
-        alive |= {v for v in order if any(_passes(graph, step, k, zero, alive) for step, k in read.get(v, ()))}
+        alive |= {v for v in zero if any(_passes(graph, s, k, zero, alive) for s, k in used.readers.get(v, ()))}
         grown = len(alive) > before
     return leaf in alive
 
 
-def _made_zero(graph: Graph, step: Op, at: int, zero: set[int]) -> tuple[int, ...]:
+def _made_zero(graph: Graph, step: Op, at: int, zero: Collection[int]) -> tuple[int, ...]:
     """Values that are zero since an input of a step is."""
-    if step.body is not None:
+    if step.body is not None:  # what is not given is read inside by its number
         skipped = len(step.inputs) - len(step.body.given)
         return () if isinstance(step.body, Arms) or at < skipped else (step.body.given[at - skipped],)
-    if step.primitive in _PRODUCTS or (step.primitive is p.div_p and at == 0) or step.primitive in _LINEAR:
+    if step.primitive in PRODUCT or (step.primitive is p.div_p and at == 0) or step.primitive in _LINEAR:
         return step.outputs
     others = [v for k, v in enumerate(step.inputs) if k != at and v not in zero]
     if step.primitive in _SUMS and all(graph.is_parameter(v) or graph.literal(v) == 0 for v in others):
@@ -88,17 +90,16 @@ def _made_zero(graph: Graph, step: Op, at: int, zero: set[int]) -> tuple[int, ..
     return step.outputs if formula is not None and _at_zero(formula) == 0 else ()
 
 
-def _passes(graph: Graph, step: Op, at: int, zero: set[int], alive: set[int]) -> bool:
+def _passes(graph: Graph, step: Op, at: int, zero: Collection[int], alive: Collection[int]) -> bool:
     """Whether a step hands a gradient to an input that is zero."""
     if step.body is not None:
-        inner = _made_zero(graph, step, at, zero)
-        return not inner or any(v in alive for v in inner)
+        return any(v in alive for v in _made_zero(graph, step, at, zero))
     if any(v in zero and v not in alive for v in step.outputs):
         return False
     if not any(jnp.issubdtype(graph.program.dtype(v), jnp.inexact) for v in step.outputs):
         return False
     others = [v for k, v in enumerate(step.inputs) if k != at]
-    if step.primitive in _PRODUCTS or (step.primitive is p.div_p and at == 0):
+    if step.primitive in PRODUCT or (step.primitive is p.div_p and at == 0):
         return not any(v in zero for v in others)
     if step.primitive in _LINEAR:
         return True
@@ -123,10 +124,5 @@ def _formula(graph: Graph, step: Op, at: int, slope: bool = False) -> quadrature
     return quadrature.slope(step, args, casts, at) if slope else quadrature.of_op(step, args, casts)
 
 
-_VALUES: dict[int, Any] = {}
-
-
 def _at_zero(formula: quadrature.Formula) -> float:
-    if formula.key not in _VALUES:
-        _VALUES[formula.key] = float(quadrature.evaluate(formula, np.zeros(1))[0])
-    return _VALUES[formula.key]
+    return quadrature.at(formula, 0.0)[0]

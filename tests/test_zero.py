@@ -43,6 +43,37 @@ BEHIND: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(("ends_in", "learns"), [("relu", False), ("nothing", True)])
+@pytest.mark.parametrize("where", ["shared by passes", "sliced by passes", "in an arm"])
+def test_zeros_inside_of_scans_and_conditionals(where: str, ends_in: str, learns: bool) -> None:
+    def block(x: Any, w: Any) -> Any:
+        return x + BEHIND[ends_in](nn.relu(x @ w["a"]) @ w["b"])
+
+    def net(w: Any, x: Any) -> Any:
+        if where == "shared by passes":
+            x = jax.lax.scan(lambda x, _: (block(x, w), None), x, length=3)[0]
+        elif where == "sliced by passes":
+            x = jax.lax.scan(lambda x, own: (block(x, own), None), x, {k: w[k] for k in "ab"})[0]
+        else:
+            x = jax.lax.cond(x.sum() > 0, lambda: block(x, w), lambda: x)
+        return x @ w["head"]
+
+    shape = (3, 8, 8) if where == "sliced by passes" else (8, 8)
+    leaves = dict.fromkeys("ab", jax.ShapeDtypeStruct(shape, jnp.float32))
+    plan = fi.plan(fi.Function(net, {**leaves, "head": jax.ShapeDtypeStruct((8, 3), jnp.float32)}), X)
+    assert (plan["b"].value == 0) == learns
+
+
+def test_a_head_inside_of_a_scan_learns() -> None:
+    """What a body returns has gone where nothing more is asked of it."""
+
+    def net(w: Any, x: Any) -> Any:
+        return jax.lax.scan(lambda h, row: (jnp.tanh(h + row @ w["in"]), h @ w["head"]), jnp.zeros(8), x)[1]
+
+    plan = fi.plan(fi.Function(net, dict.fromkeys(("in", "head"), jax.ShapeDtypeStruct((8, 8), jnp.float32))), X)
+    assert plan["head"].value == 0
+
+
 class Ended(nn.Module):
     behind: Callable[[Any], Any]
 
@@ -62,7 +93,7 @@ def test_what_learns_from_zero_is_what_has_a_gradient(name: str) -> None:
     graph = trace(model, (X,), {}).graph
     leaf = next(v for v, leaf in graph.leaves.items() if leaf.path == "head/kernel")
     learns = bool(np.isfinite(gradient).all() and np.abs(gradient).max() > 0)
-    assert zero.learns(graph, zero.readers(graph), leaf) == learns
+    assert zero.learns(graph, zero.uses(graph), leaf) == learns
     entry = fi.plan(model, X)["head/kernel"]
     assert (entry.value == 0) == learns
     assert learns or "not zero" in entry.reason

@@ -11,7 +11,7 @@ from scipy import special
 from fixup_init import quadrature
 from fixup_init.moments.lattice import same
 from fixup_init.moments.polynomials import is_gaussian
-from fixup_init.moments.values import Source, Term, Value
+from fixup_init.moments.values import Source, Term, Value, sources_of
 from fixup_init.quadrature import Quantile, X
 
 SAMPLES = 1 << 13  # points at which polynomials are evaluated
@@ -55,7 +55,7 @@ def distribution(terms: Sequence[Term]) -> Quantile | None:
     """The distribution of a polynomial, from points that fill the cube of its sources evenly."""
     if is_gaussian(terms):
         return None
-    sources = sorted({s for _, f in terms for s in f}, key=lambda s: s.number)
+    sources = sources_of(terms)
     if len(terms) == 1 and len(sources) == 1 and terms[0][1][sources[0]] is X:
         sign = float(terms[0][0].mean())
         q = sources[0].quantile
@@ -69,7 +69,7 @@ def of_signed_sum(terms: Sequence[Term], mean: np.ndarray, square: np.ndarray) -
     """The distribution of a sum of many values with these moments: log-normal where all have one sign."""
     if is_gaussian(terms):
         return None
-    sources = sorted({s for _, f in terms for s in f}, key=lambda s: s.number)
+    sources = sources_of(terms)
     x = drawn_at(terms, draws(sources))
     if not np.isfinite(x).all() or x.min() * x.max() < 0:
         return None

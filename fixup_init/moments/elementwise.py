@@ -29,7 +29,7 @@ from fixup_init.moments.polynomials import ALIKE, DEPENDENT, are_dependent, merg
 from fixup_init.moments.random_bits import of_bits
 from fixup_init.moments.rearranging import broadcasted
 from fixup_init.moments.shares import shares
-from fixup_init.moments.values import Node, Source, Term, Trait, Value, function_of, known, unit
+from fixup_init.moments.values import Node, Source, Term, Trait, Value, function_of, known, sources_of, unit
 from fixup_init.program import IDENTITY, Op
 from fixup_init.quadrature import FLAT, Formula, Quantile, X
 
@@ -267,7 +267,7 @@ def _check_finite(op: Op, terms: Sequence[Term], shape: tuple[int, ...]) -> None
     second = second_of(terms, len(shape), shape)
     finite = np.isfinite(second).all()
     if finite:
-        drawn = draws(sorted({s for _, f in terms for s in f}, key=lambda s: s.number))
+        drawn = draws(sources_of(terms))
         finite = same(second, len(shape)).mean() < _POLE * np.square(drawn_at(terms, drawn)).mean()
     if not finite:
         raise NoRule(f"`{op.name}` of a value that, as far as its distribution is known, reaches where it is infinite")
@@ -279,7 +279,7 @@ def _check_bounds(op: Op, value: Value, terms: Sequence[Term], shape: tuple[int,
     if not math.isfinite(high):
         return
     second = float(same(second_of(terms, len(shape), shape), len(shape)).mean())
-    drawn = draws(_sources(value.terms))
+    drawn = draws(sources_of(value.terms))
     x, squares = drawn_at(value.terms, drawn), np.square(drawn_at(terms, drawn))
     beyond = x > high + 1e-6 * max(float(np.abs(x).max()), 1e-30)
     outside = squares[beyond].sum() / max(squares.sum(), 1e-300)
@@ -292,15 +292,11 @@ def _check_bounds(op: Op, value: Value, terms: Sequence[Term], shape: tuple[int,
 def _tail(op: Op, value: Value, terms: Sequence[Term], shape: tuple[int, ...]) -> str:
     """Why moments of a function of a value are not known, though the function is: all lies in a tail never drawn."""
     second = float(same(second_of(terms, len(shape), shape), len(shape)).mean())
-    if second <= _TAIL * np.square(drawn_at(terms, draws(_sources(terms)))).mean():
+    if second <= _TAIL * np.square(drawn_at(terms, draws(sources_of(terms)))).mean():
         return ""
-    if any(not isinstance(n, Trait) for n in value.notes) or any(s.assumed for s in _sources(value.terms)):
+    if any(not isinstance(n, Trait) for n in value.notes) or any(s.assumed for s in sources_of(value.terms)):
         return f"`{op.name}` of a value that is only known approximately, and whose tail is all that counts"
     return f"`{op.name}` of so wide a value that its moments lie in a tail that is never drawn"
-
-
-def _sources(terms: Sequence[Term]) -> list[Source]:
-    return sorted({s for _, f in terms for s in f}, key=lambda s: s.number)
 
 
 def _gate(args: Sequence[Value]) -> Source | None:

@@ -20,7 +20,7 @@ from fixup_init.moments.distributions import distribution, drawn_at, draws, of_s
 from fixup_init.moments.environment import Environment, NoRule, Rule
 from fixup_init.moments.lattice import Lattice, Profile, repeated, same, settled, total, widened
 from fixup_init.moments.polynomials import kin_of, moments_of
-from fixup_init.moments.values import Source, Value, padded, sole_source
+from fixup_init.moments.values import Source, Value, padded, sole_source, sources_of
 from fixup_init.program import Op
 from fixup_init.quadrature import Quantile
 
@@ -58,7 +58,7 @@ def _exclusive(value: Value, axes: tuple[int, ...], second: Lattice, n: int) -> 
     apart = tuple(1 if a in axes else 0 for a in range(value.rank))
     if n == 1 or not flat[(0,) * value.rank] > 0 or abs(flat[apart]) > 1e-12 * flat[(0,) * value.rank]:
         return None
-    sources = sorted({s for _, f in value.terms for s in f}, key=lambda s: s.number)
+    sources = sources_of(value.terms)
     x = drawn_at(value.terms, draws(sources, anywhere=True)) if sources else np.zeros(1)
     here = x[x != 0]
     if not here.size or not np.isfinite(here).all():

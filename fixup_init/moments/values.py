@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -169,6 +169,11 @@ def unit(rank: int) -> list[Term]:
 def function_of(source: Source, formula: Formula = X) -> list[Term]:
     """The polynomial that is a source, or a function of it."""
     return [(ones(len(source.shape)), {source: formula})]
+
+
+def sources_of(terms: Iterable[Term]) -> list[Source]:
+    """The sources of a polynomial, in order."""
+    return sorted({s for _, factors in terms for s in factors}, key=lambda s: s.number)
 
 
 def sole_source(terms: Sequence[Term]) -> Source | None:

@@ -20,7 +20,7 @@ from fixup_init.moments.environment import Environment, NoRule
 from fixup_init.moments.lattice import PROFILE, Lattice, settled
 from fixup_init.moments.polynomials import DEPENDENT, kin_of, merged, moments_of, scaled
 from fixup_init.moments.random_bits import equally_likely
-from fixup_init.moments.values import Source, Term, Value, known, of_source, sole_source, unit
+from fixup_init.moments.values import Source, Term, Value, known, of_source, sole_source, sources_of, unit
 from fixup_init.program import Op
 from fixup_init.quadrature import Quantile, X
 
@@ -68,7 +68,7 @@ def whole(value: Value) -> Whole | None:
     if source is not None and value.rows and source.quantile is Quantile.uniform():
         numbers, shares = np.arange(value.rows), np.full(value.rows, 1 / value.rows)
     else:
-        sources = sorted({s for _, f in value.terms for s in f}, key=lambda s: s.number)
+        sources = sources_of(value.terms)
         x = drawn_at(value.terms, draws(sources, anywhere=True))
         if not np.isfinite(x).all():
             return None
