@@ -112,10 +112,9 @@ def of_plan(traced: Traced, planned: Plan, probe: Probe, label: str) -> Propagat
     interpreter.run(program.ops)
     spreads = moments.of_values(node for node, _ in interpreter.tapped.values() if node is not None)
     cotangents = _backward(interpreter, starts, spreads)
-    before = ancestors(graph, [graph.node_of[v] for v in starts]) or set()
-    broken = _broken(traced, interpreter, before)
-    channels = _channels(graph, tapped)
     leading = series.leading(graph, starts)
+    broken = _broken(traced, interpreter, leading)
+    channels = _channels(graph, tapped)
     place = series.places(graph, tapped)
     index = {id(tap): k for k, tap in enumerate(tapped)}
     rows: list[Row] = []
@@ -197,13 +196,13 @@ def _backward(
     return moments.pull_back(found, spreads=spreads)
 
 
-def _broken(traced: Traced, interpreter: Interpreter, before: set[int]) -> dict[int, str]:
+def _broken(traced: Traced, interpreter: Interpreter, leading: set[int]) -> dict[int, str]:
     """Nodes from which a value that is not known leads to where the backward pass starts, and why it is not."""
     graph = traced.graph
     found: dict[int, str] = {}
     for v, node in graph.node_of.items():
         value = interpreter.values.get(v)
-        if node in found or node not in before or value is None:
+        if node in found or node not in leading or value is None:
             continue
         if value.unknown and moments.INSIDE not in value.unknown:
             for above in ancestors(graph, [node]) or ():

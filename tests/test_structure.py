@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -299,3 +300,51 @@ def test_a_scan_over_data_is_no_depth() -> None:
     s = fi.structure(fi.Function(apply, _square("a", "b")), VECTORS)
     assert [(b.depth, b.repeats) for b in s.branches] == [(2, 1)]
     assert s.num_branches == 1
+
+
+class TwoLayers(nn.Module):
+    """A residual branch of two layers; `act` between them, `layer` makes them."""
+
+    act: Callable[[Any], Any] = nn.relu
+    layer: Callable[[Any], Any] = lambda features: nn.Dense(features)
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Dense(16)(x)
+        return nn.Dense(3)(x + self.layer(16)(self.act(self.layer(16)(x))))
+
+
+@pytest.mark.parametrize(
+    ("act", "order"),
+    [
+        (nn.relu, 2), (nn.silu, 2), (nn.gelu, 2), (jax.nn.mish, 2), (nn.sigmoid, 1), (nn.softplus, 1), (jnp.exp, 1),
+        (lambda x: nn.softplus(x) - math.log(2), 2), (lambda x: jnp.exp(x) - 1, 2), (lambda x: nn.sigmoid(x) - 0.5, 2),
+        (lambda x: jnp.log(0.5 * jnp.exp(x) + 0.5), 2), (lambda x: jnp.cosh(x) - 1, 3),
+        (lambda x: 1 - nn.sigmoid(x), 1),
+        (lambda x: jnp.where(x != 0, x, 1.0), 2), (lambda x: jnp.where(x == 0, 1.0, x), 2),
+    ],
+)  # fmt: skip
+def test_the_order_of_a_function_is_how_it_vanishes_at_zero(act: Any, order: int) -> None:
+    (branch,) = fi.structure(TwoLayers(act), jnp.ones((4, 8))).branches
+    assert branch.order == order
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_spectral_normalization(update: bool) -> None:
+    """It hides the scale of a kernel, and has statistics that a model starts with."""
+
+    class Normalized(nn.Module):
+        features: int
+
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.SpectralNorm(nn.Dense(self.features))(x, update_stats=update)
+
+    model, x = TwoLayers(nn.relu, Normalized), jnp.ones((4, 8))
+    (branch,) = fi.structure(model, x).branches
+    assert (branch.order, branch.order_without_norms) == (0, 2)
+    expected = model.init(jax.random.key(0), x)
+    for scheme in ("model", "fixup"):
+        drawn = fi.init(model, jax.random.key(0), x, scheme=scheme)
+        assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, expected)
+        model.apply(drawn, x, mutable=["batch_stats"])

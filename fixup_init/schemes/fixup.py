@@ -150,21 +150,19 @@ class Fixup:
             place = f"{where}, layer {k + 1} of {len(factors)}: "
             if q.role not in ("kernel", "factor") or branch.shares[path] < 1:
                 continue
-            if q.role == "factor" and path not in branch.last:
-                continue
-            if path in branch.last and not q.not_zero:
+            last = path in branch.last
+            why = f"; last, but not zero: {q.not_zero}" if last else ""
+            if last and not q.not_zero:
                 entries.append(constant(q, 0.0, f"{place}last, zero"))
-            elif path in branch.last and q.role == "factor":
+            elif q.role == "factor":
                 continue
-            elif path in branch.last and m < 2:
-                suffix = f" x L^(-1/2) = {L}^(-1/2); not zero: {q.not_zero}"
-                entries.append(self.base.entry(q, L**-0.5, prefix=f"{place}last, ", suffix=suffix))
+            elif last and m < 2:
+                suffix = f" x L^(-1/2) = {L}^(-1/2){why}"
+                entries.append(self.base.entry(q, L**-0.5, prefix=place, suffix=suffix))
             elif m < 2:
                 entries.append(self.base.entry(q, prefix=place, suffix=f"; the branch has order {m:g}, no factor"))
             else:
-                suffix = f" x L^(-1/{2 * m - 2:g}) = {L}^(-1/{2 * m - 2:g})"
-                if path in branch.last:
-                    suffix += f"; last, but not zero: {q.not_zero}"
+                suffix = f" x L^(-1/{2 * m - 2:g}) = {L}^(-1/{2 * m - 2:g}){why}"
                 entries.append(self.base.entry(q, factor(L, m), prefix=place, suffix=suffix))
         if not branch.weights:
             notes.append(f"{where} ({branch.scope}) has no weight to set to zero.")
